@@ -1,4 +1,60 @@
+"""Shared by all tests: the scripts on the path, a command runner, and real data where it is at hand."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DATA = Path(os.environ.get('REAL_DATA', ROOT / 'data'))
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'assets: needs real data or weights in data/ (or $REAL_DATA); skipped without')
+    config.addinivalue_line('markers', 'slow: takes minutes; run with RUN_SLOW=1')
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker('slow') and not os.environ.get('RUN_SLOW'):
+            item.add_marker(pytest.mark.skip(reason='slow: set RUN_SLOW=1'))
+
+
+@pytest.fixture
+def real():
+    """real('cifar-10-batches-bin') -> its path, or the test is skipped with the reason."""
+    def find(name):
+        if not (DATA / name).exists():
+            pytest.skip(f'{DATA / name} is not there')
+        return DATA / name
+    return find
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command('sct.py', '--steps', 2) runs it as a user would, in an empty folder -> CompletedProcess with text output."""
+    def call(script, *flags, timeout=300):
+        env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True,
+                              cwd=tmp_path, env=env, timeout=timeout, stdin=subprocess.DEVNULL)
+    return call
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(module, 'flags', 'words'): the command exits with 2 and one line on stderr that contains the words."""
+    import common
+
+    def call(module, flags, *words):
+        argv = flags.split() if isinstance(flags, str) else [str(flag) for flag in flags]
+        try:
+            code = common.run(module.main, argv)
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code == 2 and error.count('\n') == 1, (code, error)
+        for word in words:
+            assert word in error, error
+    return call

@@ -1,0 +1,928 @@
+"""Plumbing that the paper scripts share: errors, flags, data, keyed randomness, processes, EMA, checkpoints, log, pictures.
+
+Nothing in here knows an algorithm. These are functions to call, not a framework to fit into: a script's own `train` is a
+plain loop that calls what it needs.
+"""
+import argparse
+import colorsys
+import concurrent.futures
+import contextlib
+import ctypes
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+# 1. Errors and messages
+
+class UserError(Exception):
+    """Something that the user can mend. Printed as one line on stderr; the exit code is 2 for bad input, 1 otherwise."""
+
+    def __init__(self, message, code=2):
+        super().__init__(' '.join(str(message).split()))
+        self.code = code
+
+
+def run(main, argv=None):
+    """Calls `main(argv)` and returns its exit code; a UserError becomes one line on stderr (`--debug`: a traceback)."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        message, code = str(error), error.code
+    except torch.OutOfMemoryError:
+        message, code = 'out of memory on the device: lower --batch, or split it with --microbatch', 1
+    except KeyboardInterrupt:
+        message, code = 'interrupted', 130
+    if '--debug' in argv:
+        raise
+    if rank():
+        time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
+        message = f'process {rank()}: {message}'
+    print(f'\n{message}' if _line_open else message, file=sys.stderr, flush=True)
+    return code
+
+
+_line_open = False          # whether the terminal's last line is a progress line that awaits being written over
+
+
+def say(text, refresh=False):
+    """Prints a line, from the first process only; with `refresh` one that the next line writes over, on a terminal."""
+    global _line_open
+    if rank() == 0:
+        start = '\r\033[K' if _line_open else ''
+        _line_open = refresh and sys.stdout.isatty()
+        print(start + text, end='' if _line_open else '\n', flush=True)
+
+
+def progress(items, what, total=None):
+    """Yields from `items`; work that takes over two seconds shows how far it is."""
+    total = len(items) if total is None else total
+    begin, shown, pause = time.monotonic(), 0.0, 2.0
+    for i, item in enumerate(items):
+        yield item
+        spent = time.monotonic() - begin
+        if spent - shown > pause:
+            left = spent / (i + 1) * (total - i - 1)
+            say(f'{what}: {i + 1:,} of {total:,}, {duration(left)} left', refresh=True)
+            shown, pause = spent, 0.5 if sys.stdout.isatty() else 30.0
+    if shown and _line_open:
+        say(f'{what}: {total:,} in {duration(time.monotonic() - begin)}')
+
+
+def duration(seconds):
+    """3725.0 -> '1:02:05'."""
+    minutes, s = divmod(int(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02}:{s:02}' if minutes >= 60 else f'{minutes}:{s:02}'
+
+
+# 2. Flags
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(f'{message} (--help lists the flags)')
+
+
+def number(kind=int, low=None, high=None):
+    """A type for argparse: a finite number within [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            bounds = f'at least {low}' if high is None else f'from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'{text} is not {bounds}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def numbers(kind=int, low=None, high=None):
+    """A type for argparse: comma-separated numbers within [low, high], as a list."""
+    one = number(kind, low, high)
+    parse = lambda text: [one(part) for part in text.split(',')]
+    parse.__name__ = 'comma-separated list'
+    return parse
+
+
+# Flags that may differ between a run and its resumption: they change where and how long it runs, not what it computes.
+FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every eval_every
+    fid_num fid_ref fid_features inception dry_run debug sample evaluate benchmark n nfe labels'''.split())
+
+
+def parse_args(script, doc, presets, add_flags, argv):
+    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or sampled."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument('--dataset')
+    first.add_argument('--out')
+    first.add_argument('--resume', action='store_true')
+    first.add_argument('--sample')
+    first.add_argument('--evaluate')
+    peek = first.parse_known_args(argv)[0]
+    settings = {}
+    if peek.sample or peek.evaluate:
+        settings = load_checkpoint(peek.sample or peek.evaluate)['config']
+        settings = {name: value for name, value in settings.items() if name != 'out'}
+    elif peek.resume:
+        settings = read_config(Path(peek.out or f'runs/{script}-{peek.dataset or "shapes"}'))
+    if settings.get('script', script) != script:
+        raise UserError(f'that is a run of {settings["script"]}.py, not of {script}.py')
+    dataset = peek.dataset or settings.get('dataset', 'shapes')
+    if dataset not in presets:
+        raise UserError(f'--dataset {dataset}: not known; choose from {", ".join(presets)}')
+
+    parser = Parser(prog=f'{script}.py', description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', default='shapes', metavar='NAME', help=f'{", ".join(presets)}; sets the defaults of all other flags')
+    add('--data-dir', default='data', metavar='PATH', help='where data sets lie or go; for `folder`, the folder or zip of images')
+    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped to squares and resized')
+    add = parser.add_argument_group('network').add_argument
+    add('--width', type=number(int, 8), metavar='N', help='channels at multiplier 1')
+    add('--mults', type=numbers(int, 1), metavar='N,N', help='width of each resolution, finest first')
+    add('--blocks', type=number(int, 1), metavar='N', help='residual blocks per resolution')
+    add('--dropout', type=number(float, 0, 0.99), metavar='P', help='the same mask for student and teacher')
+    add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
+    add_flags(parser)
+    add = parser.add_argument_group('optimisation').add_argument
+    add('--batch', type=number(int, 1), metavar='N', help='images per step, over all processes')
+    add('--microbatch', type=number(int, 1), metavar='N', help='images at a time in each process, to save memory')
+    add('--steps', type=number(int, 1), metavar='N', help='training steps, those of --pretrain-steps among them')
+    add('--pretrain-steps', type=number(int, 0), metavar='N', help='first train this long as a diffusion model')
+    add('--lr', type=number(float, 0), metavar='X', help='learning rate')
+    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
+    add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help="arithmetic of the network's layers")
+    add('--compile', action='store_true', help='torch.compile the network')
+    add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
+    add = parser.add_argument_group('run').add_argument
+    add('--out', metavar='DIR', help=f'where the run goes; runs/{script}-<dataset> if not given')
+    add('--resume', action='store_true', help='go on from the checkpoint in --out')
+    add('--overwrite', action='store_true', help='start over in an --out that holds a run')
+    add('--gpus', type=number(int, 1, 1024), default=1, metavar='N', help='processes on this machine, one GPU each')
+    add('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
+    add('--save-every', type=number(int, 1), metavar='N', help='steps between checkpoints')
+    add('--sample-every', type=number(int, 1), metavar='N', help='steps between sample grids')
+    add('--eval-every', type=number(int, 1), metavar='N', help='steps between Fréchet distances; none if not given')
+    add('--benchmark', type=number(int, 1), metavar='N', help='time N steps, part by part, and write nothing')
+    add('--dry-run', action='store_true', help='print the settings and stop')
+    add('--debug', action='store_true', help='show tracebacks')
+    add = parser.add_argument_group('sampling and evaluation').add_argument
+    add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
+    add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
+    add('--n', type=number(int, 1), default=64, metavar='N', help='images that --sample writes')
+    add('--nfe', type=numbers(int, 1, 1000), default=[1], metavar='N,N', help='network evaluations per sample')
+    add('--labels', type=numbers(int, 0), metavar='N,N', help='classes of the samples, in turn; all if not given')
+    add('--fid-num', type=number(int, 2), metavar='N', help='samples that a Fréchet distance is measured with')
+    add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
+    add('--fid-features', choices=['inception', 'pixels'], help='inception gives FID; pixels needs no weights, gives pixel-FD')
+    add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
+    parser.set_defaults(**presets[dataset] | settings)
+    for action in parser._actions:
+        if action.default is not argparse.SUPPRESS and action.default not in (None, False) and action.help:
+            default = ','.join(map(str, action.default)) if isinstance(action.default, list) else action.default
+            action.help += f' [{default}]'.replace('%', '%%')
+    args = parser.parse_args(argv)
+
+    args.script, args.argv, args.out_given = script, list(argv), bool(args.out)
+    args.out = args.out or f'runs/{script}-{args.dataset}'
+    for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if peek.sample or peek.evaluate else set())):
+        if hasattr(args, key) and getattr(args, key) != settings[key]:
+            raise UserError(f'--{key.replace("_", "-")} is {getattr(args, key)}, but the run was made with {settings[key]}')
+    if args.pretrain_steps >= args.steps:
+        raise UserError(f'--pretrain-steps {args.pretrain_steps} leaves nothing of --steps {args.steps}')
+    return args
+
+
+def config_of(args):
+    """The settings of a run as plain values, for config.json and checkpoints."""
+    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'benchmark', 'n', 'nfe', 'labels'}
+    return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
+
+
+def read_config(out):
+    """config.json of the run in folder `out`, as a dict."""
+    try:
+        config = json.loads((out / 'config.json').read_text())
+        assert isinstance(config, dict)
+        return config
+    except FileNotFoundError:
+        raise UserError(f'{out} holds no run: there is no config.json in it')
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f'{out / "config.json"} cannot be read: {error}')
+
+
+# 3. Processes
+
+def rank():
+    """Number of this process among those that train together, from 0."""
+    return int(os.environ.get('RANK', 0))
+
+
+def world_size():
+    """How many processes train together."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def start(args):
+    """Joins the processes of this run and returns this process's device.
+
+    Under torchrun or Slurm's srun the environment says who is who. Otherwise `--gpus N` starts N copies of this command
+    and this process waits for them and exits with their code.
+    """
+    env = os.environ
+    if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
+        env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
+        env.setdefault('MASTER_ADDR', env.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
+        env.setdefault('MASTER_PORT', '29500')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: this machine has no GPU that torch can use')
+    cuda = args.device != 'cpu' and torch.cuda.is_available()
+    processes = world_size() if 'RANK' in env else args.gpus
+    if args.batch % processes:
+        raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
+    if 'RANK' not in env and args.gpus > 1:
+        if args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
+            raise UserError(f'--gpus {args.gpus}: this machine has {torch.cuda.device_count()} '
+                            '(--device cpu runs that many processes without)')
+        check_out(args)
+        sys.exit(_start_copies(args))
+    if rank() == 0:
+        check_out(args)
+
+    if env.get('WATCH_STDIN'):      # the pipe to the process that started this one closes when that one dies
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    keep_freed_memory()
+    device = torch.device('cuda', int(env.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
+    torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
+    torch.backends.cudnn.benchmark = True       # shapes never change: worth trying all convolution algorithms once
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo', init_method=env.get('INIT_METHOD', 'env://'),
+                                rank=rank(), world_size=world_size())
+    return device
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory instead of giving it back: on a CPU, faulting it in again is a third of some steps."""
+    with contextlib.suppress(OSError, AttributeError):          # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: take up to 1 GiB from the heap
+        libc.mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def _start_copies(args):
+    """N processes of this command; the first that fails, or a signal to this process, ends them all. -> exit code"""
+    script = Path(sys.modules['__main__'].__file__).resolve().parent / f'{args.script}.py'
+    with tempfile.TemporaryDirectory() as folder:
+        env = dict(os.environ, WORLD_SIZE=str(args.gpus), INIT_METHOD=f'file://{folder}/rendezvous', WATCH_STDIN='1')
+        env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.gpus)))
+        copies = [subprocess.Popen([sys.executable, str(script), *args.argv], stdin=subprocess.PIPE,
+                                   env=dict(env, RANK=str(i), LOCAL_RANK=str(i))) for i in range(args.gpus)]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: [copy.send_signal(number) for copy in copies if copy.poll() is None])
+        try:
+            while (codes := [copy.poll() for copy in copies]).count(None):
+                if any(codes):
+                    break
+                time.sleep(0.05)
+        finally:
+            for copy in copies:
+                copy.kill()
+                copy.wait()
+    code = next((code for code in codes if code), 0)
+    return code if code >= 0 else 128 - code
+
+
+def my_part(batch):
+    """The slice of a global batch that is this process's."""
+    share = batch // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def distributed(net):
+    """`net` itself, or with several processes wrapped so that backward averages the gradients over them."""
+    if world_size() == 1:
+        return net
+    ddp = torch.nn.parallel.DistributedDataParallel
+    no_broadcast = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(ddp).parameters else 'broadcast_buffers'
+    return ddp(net, gradient_as_bucket_view=True, **{no_broadcast: False})     # the buffers are constants
+
+
+def microbatches(net, n, size):
+    """Slices of at most `size` (all n if None) of a process's part of the batch; gradients are averaged at the last one only."""
+    for at in range(0, n, size or n):
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+            net.require_backward_grad_sync = at + (size or n) >= n
+        yield slice(at, at + (size or n))
+
+
+def wait_for_all():
+    """Returns once every process has called it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# 4. Keyed randomness: what is drawn depends on (seed, step, stream) alone, so there is no generator state to save
+
+def key(*parts):
+    """A seed below 2^63 made of all `parts`: key(seed, step, 'noise')."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little') >> 1
+
+
+def randn(shape, *parts, device='cpu'):
+    """Standard normal numbers of `shape` from the generator named by `parts`."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(key(*parts)), device=device)
+
+
+def randint(high, n, *parts):
+    """n integers from 0 to high - 1, (n,), from the generator named by `parts`."""
+    return torch.randint(high, (n,), generator=torch.Generator().manual_seed(key(*parts)))
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key(seed, epoch, 'order')))
+
+
+def batch_indices(n, batch, step, seed):
+    """Which images make up the global batch of a step: (batch,) int64. Every epoch is a permutation of all n."""
+    parts, at, left = [], step * batch, batch
+    while left:
+        epoch, offset = divmod(at, n)
+        parts.append(_permutation(n, seed, epoch)[offset:offset + left])
+        at, left = at + len(parts[-1]), left - len(parts[-1])
+    return torch.cat(parts)
+
+
+# 5. Data
+
+class Data(NamedTuple):
+    """A data set: images uint8 (N, C, H, W), labels int64 (N,) or None, number of classes, and where its cache may lie."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: int
+    home: Path
+
+    def to(self, device):
+        """On `device` if it fills at most half of the memory free there; batches move there either way."""
+        if device.type == 'cuda' and self.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+            return self._replace(images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
+        return self
+
+    def at(self, index, device):
+        """Images in [-1, 1] (B, C, H, W) and labels (B,) or None of `index` (B,), on `device`."""
+        index = index.to(self.images.device, non_blocking=True)
+        labels = None if self.labels is None else self.labels[index].to(device, non_blocking=True)
+        return normalise(self.images[index].to(device, non_blocking=True)), labels
+
+
+def normalise(images):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1] -> uint8 0..255; what lies outside is clipped."""
+    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def load_data(args):
+    """The data set that the flags name, on the host. `--cond` needs labels; without it they are left out."""
+    root = Path(args.data_dir)
+    if args.dataset == 'shapes':
+        data = shapes(resolution=args.resolution)
+    elif args.dataset == 'cifar10':
+        data = cifar10(root)
+    else:
+        data = image_folder(root, args.resolution)
+    if args.resolution and args.resolution != data.images.shape[-1]:
+        raise UserError(f'--resolution {args.resolution}: {args.dataset} is {data.images.shape[-1]}x{data.images.shape[-1]}')
+    if args.cond and data.labels is None:
+        raise UserError(f'--cond: {root} has no labels (class sub-folders or a dataset.json)')
+    return data if args.cond else data._replace(labels=None, classes=0)
+
+
+def fit_to_data(args, data):
+    """Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses a network that cannot take them."""
+    args.resolution, args.in_channels, args.label_dim = data.images.shape[-1], data.images.shape[1], data.classes
+    if args.resolution % 2 ** (len(args.mults) - 1):
+        raise UserError(f'--mults has {len(args.mults)} resolutions, but {args.resolution} cannot be halved {len(args.mults) - 1} times')
+
+
+SHAPES = 'circle ring square frame triangle diamond plus cross heart star'.split()
+
+
+def draw_shape(i, resolution=16):
+    """Picture i of the `shapes` data, a function of i alone: a coloured shape, number i % 10 of SHAPES, on a dark ground.
+
+    -> uint8 (3, resolution, resolution)
+    """
+    rng, size = random.Random(i), 8 * resolution        # drawn 8 times too large, then averaged: smooth edges
+    colour = lambda s, v: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), s, v))
+    ground, ink = colour(0.5, rng.uniform(0.0, 0.25)), colour(rng.uniform(0.5, 1.0), rng.uniform(0.8, 1.0))
+    cx, cy, r = (size * rng.uniform(*span) for span in [(0.45, 0.55), (0.45, 0.55), (0.34, 0.42)])
+    image = Image.new('RGB', (size, size), ground)
+    draw = ImageDraw.Draw(image)
+    at = lambda *points: [(cx + r * x, cy + r * y) for x, y in points]
+    box = lambda k: [cx - k * r, cy - k * r, cx + k * r, cy + k * r]
+    polar = lambda k, turn: (k * math.sin(2 * math.pi * turn), -k * math.cos(2 * math.pi * turn))
+    bars = [[(-1, -w), (1, -w), (1, w), (-1, w)] for w in [0.28]]
+    bars.append([(y, x) for x, y in bars[0]])
+    name = SHAPES[i % len(SHAPES)]
+    if name in ('circle', 'ring'):
+        draw.ellipse(box(1), fill=ink)
+    if name == 'ring':
+        draw.ellipse(box(0.55), fill=ground)
+    if name in ('square', 'frame'):
+        draw.rectangle(box(0.9), fill=ink)
+    if name == 'frame':
+        draw.rectangle(box(0.5), fill=ground)
+    if name == 'triangle':
+        draw.polygon(at((0, -1), (1, 0.8), (-1, 0.8)), fill=ink)
+    if name == 'diamond':
+        draw.polygon(at((0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)), fill=ink)
+    if name == 'plus':
+        for bar in bars:
+            draw.polygon(at(*bar), fill=ink)
+    if name == 'cross':
+        for bar in bars:
+            draw.polygon(at(*[((x - y) * 0.78, (x + y) * 0.78) for x, y in bar]), fill=ink)
+    if name == 'heart':
+        turns = [2 * math.pi * k / 60 for k in range(60)]
+        draw.polygon(at(*[(math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
+                          for a in turns]), fill=ink)
+    if name == 'star':
+        draw.polygon(at(*[polar(1.15 if k % 2 == 0 else 0.48, k / 10) for k in range(10)]), fill=ink)
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX)).transpose(2, 0, 1)
+
+
+def shapes(n=10_000, resolution=16):
+    """The built-in data set: n pictures of ten shapes, labelled."""
+    images = [draw_shape(i, resolution) for i in progress(range(n), 'drawing shapes')]
+    return Data(torch.from_numpy(np.stack(images)).contiguous(), torch.arange(n) % len(SHAPES), len(SHAPES), None)
+
+
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
+
+
+def cifar10(root, split='train'):
+    """CIFAR-10's own binary files below `root`: unpacked, or in the archive, which is downloaded if it is not there."""
+    names = [f'data_batch_{i}.bin' for i in range(1, 6)] if split == 'train' else ['test_batch.bin']
+    folder = root if (root / names[0]).exists() else root / 'cifar-10-batches-bin'
+    archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
+    if folder.is_dir():
+        home = folder.parent
+        try:
+            parts = [(folder / name).read_bytes() for name in names]
+        except OSError as error:
+            raise UserError(f'CIFAR-10 in {folder} is incomplete: {error.strerror}: {error.filename}')
+    else:
+        home = archive.parent
+        download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
+        try:
+            with tarfile.open(archive) as tar:       # read in place: nothing is unpacked to where the archive says
+                parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
+        except (tarfile.TarError, KeyError, AttributeError, OSError, EOFError) as error:
+            raise UserError(f'{archive} cannot be read: {error}')
+    records = [cifar10_records(part, f'{home}: {name}') for part, name in zip(parts, names)]
+    return Data(torch.cat([images for images, _ in records]), torch.cat([labels for _, labels in records]), 10, home)
+
+
+def cifar10_records(data, where):
+    """The bytes of one of CIFAR-10's .bin files -> images uint8 (10000, 3, 32, 32), labels int64 (10000,)."""
+    if len(data) != 30_730_000:
+        raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: damaged or cut short; delete it and get it again')
+    records = np.frombuffer(data, np.uint8).reshape(-1, 3073)                 # label, 1024 red, 1024 green, 1024 blue
+    return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+
+
+IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
+
+
+def read_image(data, where):
+    """An image file's bytes -> RGB picture, upright, 8 bits a channel; `where` names it in errors."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise UserError(f'{where} is {image.width}x{image.height}, too large to be decoded safely')
+            if image.mode.startswith('I'):                                          # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            return ImageOps.exif_transpose(image).convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'{where} cannot be read as an image: {error}')
+
+
+def image_folder(root, resolution=None):
+    """All images in a folder or zip, at any depth, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
+
+    With `resolution` they are cropped to the central square and resized; without it they must all be squares of one size.
+    """
+    if not root.exists():
+        raise UserError(f'{root}: there is no such folder or zip of images')
+    if root.is_dir():
+        names = [p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file()]
+        read = lambda name: (root / name).read_bytes()
+    elif zipfile.is_zipfile(root):
+        archive, lock = zipfile.ZipFile(root), threading.Lock()      # read in place: no path in it is ever written to
+        names = archive.namelist()
+
+        def read(name):
+            with lock:
+                return archive.read(name)
+    else:
+        raise UserError(f'{root} is neither a folder nor a zip')
+    files = sorted(name for name in names if name.lower().endswith(IMAGE_FILES))
+    if not files:
+        raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
+
+    def load(name):
+        try:
+            data = read(name)
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f'{root}: {name} cannot be read: {error}')
+        image = read_image(data, f'{root}: {name}')
+        if resolution:
+            side, (w, h) = min(image.size), image.size
+            image = image.crop(((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
+            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    first = load(files[0])
+    images = np.empty((len(files), *first.shape), np.uint8)
+    with concurrent.futures.ThreadPoolExecutor() as pool:             # decoding runs outside Python's lock
+        for i, image in enumerate(progress(pool.map(load, files), f'reading {root}', len(files))):
+            if image.shape != first.shape or image.shape[1] != image.shape[2]:
+                raise UserError(f'{root}: images of mixed sizes or not square: {files[0]} is {first.shape[2]}x{first.shape[1]}, '
+                                f'{files[i]} {image.shape[2]}x{image.shape[1]}; --resolution N brings all to one square')
+            images[i] = image
+
+    labels, classes = None, 0
+    if 'dataset.json' in names:
+        try:
+            table = dict(json.loads(read('dataset.json'))['labels'] or [])
+            labels = [int(table[name]) for name in files] if table else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{root}: dataset.json does not give every image a label: {error!r}')
+    elif all('/' in name for name in files):
+        folders = [name.split('/')[0] for name in files]
+        labels = np.unique(folders, return_inverse=True)[1] if len(set(folders)) > 1 else None
+    if labels is not None:
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        classes = int(labels.max()) + 1
+    return Data(torch.from_numpy(images), labels, classes, root.parent)
+
+
+def download(url, path, algorithm, digest):
+    """Fetches `url` to `path` unless it is there, and checks that the file's hash begins with `digest` (hex) either way."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f'{path.name}.{os.getpid()}.part')
+        try:
+            with urllib.request.urlopen(url, timeout=30) as source, open(part, 'wb') as target:
+                size = int(source.headers.get('Content-Length') or 0)
+                blocks = iter(lambda: source.read(1 << 20), b'')
+                for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
+                    target.write(block)
+            check_hash(part, algorithm, digest, f'what came from {url}')
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f'{path} is not there and could not be downloaded from {url}: {error}')
+        finally:
+            part.unlink(missing_ok=True)
+    else:
+        check_hash(path, algorithm, digest, path)
+
+
+def check_hash(path, algorithm, digest, what):
+    """Raises UserError unless the hash of the file at `path` begins with `digest`."""
+    with open(path, 'rb') as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if not found.startswith(digest):
+        raise UserError(f'{what} has {algorithm} {found}, not {digest}: damaged or cut short; delete it and get it again')
+
+
+# 6. Training steps
+
+def network(net, precision, device):
+    """`net` as a function (x, noise_labels, y) -> float32 that computes its layers in `precision` and takes y as class numbers."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision)
+    classes = getattr(net, 'module', net).label_dim
+
+    def call(x, noise_labels, y=None):
+        y = None if y is None else torch.nn.functional.one_hot(y, classes).float()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return net(x.contiguous(memory_format=torch.channels_last), noise_labels, y).float()
+    return call
+
+
+@contextlib.contextmanager
+def true_float32():
+    """Matrix products inside are float32 whatever --precision says: TF32 would round differences of distances away."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients above float16's smallest number; undone by `finish_gradients`
+
+
+@torch.no_grad()
+def finish_gradients(params, precision):
+    """Undoes the loss scale and zeroes what is not finite. -> norm of the gradient before that, 0-dim, not yet on the host"""
+    grads = [p.grad for p in params if p.grad is not None]
+    if precision in LOSS_SCALE:
+        torch._foreach_div_(grads, LOSS_SCALE[precision])
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    for grad in grads:
+        torch.nan_to_num_(grad, nan=0.0, posinf=0.0, neginf=0.0)
+    return norm
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema = decay * ema + (1 - decay) * net, over all parameters in a few fused calls."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+class Clock:
+    """Time per part of a step, for --benchmark: `clock('forward')` books the time since the last call on 'forward'."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.parts, self.last, self.steps = args, device, [], None, 0
+
+    def __call__(self, part):
+        if self.args.benchmark:
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if self.last is not None:
+                self.parts[-1][part] = self.parts[-1].get(part, 0) + now - self.last
+            self.last = now
+
+    def next_step(self):
+        """True, with a report of the medians, when --benchmark's steps (after two to warm up) are done."""
+        if not self.args.benchmark:
+            return False
+        if len(self.parts) == self.args.benchmark + 2:
+            parts = {name: float(np.median([step[name] for step in self.parts[2:]])) for name in self.parts[-1]}
+            total, cuda = sum(parts.values()), self.device.type == 'cuda'
+            say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images')
+            for name, spent in parts.items():
+                say(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}')
+            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            say(f'  peak memory      {peak / 2 ** 30:9.2f} GiB')
+            return True
+        self.parts.append({})
+        return False
+
+
+# 7. Runs: the folder, checkpoints, log
+
+def check_out(args):
+    """Refuses to write over a run unless asked to."""
+    out = Path(args.out)
+    if args.benchmark or args.resume or args.overwrite or args.sample or args.evaluate:
+        return
+    if (out / 'config.json').exists() or (out / 'checkpoint.pt').exists():
+        raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, --out DIR goes elsewhere')
+    if out.exists() and not out.is_dir():
+        raise UserError(f'--out {out} is a file')
+
+
+def open_run(args):
+    """Makes the run's folder with config.json; with --resume -> its checkpoint, else None."""
+    out, state = Path(args.out), None
+    if args.benchmark:
+        return None
+    if args.resume:
+        state = load_checkpoint(out)
+        if 'optimizer' not in state:
+            raise UserError(f'{out} holds weights only, no checkpoint.pt to go on from')
+    elif rank() == 0:
+        try:
+            (out / 'samples').mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'--out {out}: {error}')
+        for name in ('checkpoint.pt', 'final.pt', 'metrics.jsonl'):
+            (out / name).unlink(missing_ok=True)
+        write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
+    wait_for_all()
+    return state
+
+
+def write_atomic(path, write):
+    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it."""
+    part = path.with_name(f'{path.name}.part')
+    try:
+        with open(part, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(args, step, net, ema, optimizer):
+    """Everything that --resume needs, from the first process: step, weights, EMA, optimiser, settings."""
+    if rank() == 0:
+        state = dict(step=step, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), config=config_of(args))
+        write_atomic(Path(args.out) / 'checkpoint.pt', lambda file: torch.save(state, file))
+
+
+def save_final(args, ema):
+    """final.pt: the EMA network alone, a plain state dict, for this and for others' code."""
+    if rank() == 0:
+        write_atomic(Path(args.out) / 'final.pt', lambda file: torch.save(ema.state_dict(), file))
+        say(f'done: {args.out}/final.pt')
+
+
+def load_checkpoint(path):
+    """A run's folder, its checkpoint.pt, or a final.pt with config.json beside it -> dict with `ema`, `config` and perhaps more.
+
+    Only tensors and plain values are read (`weights_only`): no file can run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / ('checkpoint.pt' if (path / 'checkpoint.pt').exists() else 'final.pt')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        assert isinstance(state, dict) and state, 'not a checkpoint'
+    except FileNotFoundError:
+        raise UserError(f'{path}: there is no such checkpoint')
+    except Exception as error:          # whatever torch, zip and pickle say about a file that is not theirs
+        raise UserError(f'{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}')
+    return state if 'config' in state else dict(ema=state, config=read_config(path.parent))
+
+
+def restore(module, state, path):
+    """module.load_state_dict(state), with a mismatch told in one line."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} does not fit this network: {error}')
+
+
+class Log:
+    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
+
+    Values stay on the device until a flush reads a whole block of steps at once, so that the loop never waits for them.
+    """
+
+    def __init__(self, args, start, device):
+        self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
+        self.block = 1 if device.type == 'cpu' else 50          # steps between flushes: the same in all processes
+        self.pending, self.names, self.bad, self.stop = [], [], 0, False
+        self.first = self.shown_step = start
+        self.begin = self.shown = time.monotonic()
+        self.signal = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
+        if rank() == 0 and args.resume and self.path.exists():            # what a resumed run will do again is taken out first
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)['step'] <= start]
+            write_atomic(self.path, lambda file: file.write(''.join(line + '\n' for line in lines).encode()))
+
+    def _on_signal(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = True
+
+    def step(self, step, **values):
+        """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
+        values['stop'] = torch.full((), float(self.signal), device=self.device)
+        self.names = list(values)
+        self.pending.append(torch.stack([value.detach().float() for value in values.values()]))
+        if len(self.pending) >= self.block or step == self.args.steps or any(
+                self.due(step, every) for every in (self.args.save_every, self.args.sample_every, self.args.eval_every)):
+            self.flush(step)
+
+    def due(self, step, every):
+        """Whether step number `step` is one of every so many, or the last."""
+        return every is not None and not self.args.benchmark and (step % every == 0 or step == self.args.steps)
+
+    def flush(self, step):
+        """Writes pending values, averaged over the processes; raises UserError after 20 steps without finite gradients."""
+        rows = torch.stack(self.pending)                        # (steps, values)
+        if dist.is_initialized():
+            dist.all_reduce(rows)
+            rows /= world_size()
+        rows = rows.tolist()
+        self.pending = []
+        lines = []
+        for number, row in zip(range(step - len(rows) + 1, step + 1), rows):
+            values = dict(zip(self.names, row))
+            self.stop = self.stop or values.pop('stop') > 0
+            self.bad = 0 if math.isfinite(values['grad_norm']) else self.bad + 1
+            lines.append({'step': number} | {name: round(v, 6) if math.isfinite(v) else str(v) for name, v in values.items()})
+            if self.bad >= 20:
+                raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step {number}; the '
+                                f'last checkpoint in {self.args.out} is from before. Try a lower --lr or --precision fp32', code=1)
+        self.write(*lines)
+        now = time.monotonic()
+        if now - self.shown > (0.2 if sys.stdout.isatty() else 15) or step == self.args.steps or self.stop:
+            speed = (step - self.shown_step) / max(now - self.shown, 1e-9)
+            left = (self.args.steps - step) * (now - self.begin) / (step - self.first)
+            shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+            say(f'step {step:,}/{self.args.steps:,}  {shown}  {speed * self.args.batch:,.0f} img/s  {duration(left)} left',
+                refresh=step < self.args.steps and not self.stop)
+            self.shown, self.shown_step = now, step
+
+    def write(self, *lines):
+        """Appends dicts to metrics.jsonl."""
+        if rank() == 0 and not self.args.benchmark:
+            with open(self.path, 'a') as file:
+                file.writelines(json.dumps(line) + '\n' for line in lines)
+
+
+# 8. Pictures
+
+def choose_labels(n, labels, classes):
+    """`labels` (a list; all classes if None) in turn, (n,) int64; None for a model without classes."""
+    if labels and max(labels) >= classes:
+        raise UserError(f'--labels {max(labels)}: the model has {classes} classes' + f', 0 to {classes - 1}' * bool(classes))
+    return torch.tensor((labels or list(range(classes))) * n)[:n] if classes else None
+
+
+def save_grid(images, path, columns=None):
+    """Images (N, C, H, W) in [-1, 1] -> one PNG, each magnified to about 64 pixels, row by row."""
+    images = to_uint8(images.detach().float().cpu())
+    n, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    zoom, gap = max(1, 64 // width), 2
+    sheet = Image.new('RGB', (columns * (width * zoom + gap) + gap, math.ceil(n / columns) * (height * zoom + gap) + gap), 'white')
+    for i, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+        tile = Image.fromarray(np.ascontiguousarray(image)).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * (width * zoom + gap), gap + i // columns * (height * zoom + gap)))
+    write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
+
+
+def save_sample(args, nfe, images):
+    """The grid that --sample makes, in --out or else beside the checkpoint."""
+    source = Path(args.sample)
+    folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
+    path = folder / f'sample-{nfe}-step.png'
+    folder.mkdir(parents=True, exist_ok=True)
+    save_grid(images, path)
+    say(str(path))
+
+
+def save_curves(metrics, path):
+    """The columns of a metrics.jsonl against the step, one panel each, as a PNG; smoothed to what fits on the picture."""
+    table = {}
+    for line in Path(metrics).read_text().splitlines():
+        line = json.loads(line)
+        for name, value in line.items():
+            if name != 'step' and isinstance(value, (int, float)):
+                table.setdefault(name, []).append((line['step'], value))
+    width, height, margin, font = 720, 200, 70, ImageFont.load_default(13)
+    sheet = Image.new('RGB', (width, height * max(1, len(table))), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for panel, (name, points) in enumerate(table.items()):
+        points = [np.mean(part, axis=0) for part in np.array_split(np.array(points, float), min(len(points), 200))]
+        steps, values = np.array(points).T
+        logarithmic = values.min() > 0 and values.max() > 20 * values.min()
+        scaled = np.log(values) if logarithmic else values
+        left, right, top, bottom = margin, width - 20, panel * height + 28, (panel + 1) * height - 30
+        span = lambda v: (v - v.min()) / (np.ptp(v) or 1)
+        xs, ys = left + span(steps) * (right - left), bottom - span(scaled) * (bottom - top)
+        draw.rectangle([left, top, right, bottom], outline='#bbbbbb')
+        draw.text((left, top - 20), name + (' (log scale)' if logarithmic else ''), 'black', font)
+        for y, value in [(top, values.max()), (bottom, values.min())]:
+            draw.text((left - 6, y), f'{value:.4g}', 'black', font, anchor='rm')
+        draw.text((left, bottom + 8), f'step {steps[0]:,.0f}', 'black', font)
+        draw.text((right, bottom + 8), f'{steps[-1]:,.0f}', 'black', font, anchor='ra')
+        draw.line(list(zip(xs, ys)), fill='#1f5fbf', width=2)
+        if len(points) == 1:
+            draw.ellipse([xs[0] - 3, ys[0] - 3, xs[0] + 3, ys[0] + 3], fill='#1f5fbf')
+    write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))

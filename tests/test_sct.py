@@ -1,0 +1,402 @@
+"""sct.py against ECT's published losses (`ect_losses.npz`), the published estimator of the posterior mean (`stf_targets.npz`:
+Newbeeer/stf), and data whose exact consistency function is known."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import sct
+
+ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
+STF = np.load(Path(__file__).parent / 'data/stf_targets.npz')
+TINY = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--pretrain-steps', '0', '--ref-size', 'batch']
+
+
+def tensor(golden, name):
+    return torch.from_numpy(golden[name])
+
+
+def toy(x_in, c_noise, y=None):
+    """The network of `ect_losses.npz`."""
+    return torch.tanh(x_in) * torch.cos(c_noise)[:, None, None, None] + 0.1 * x_in
+
+
+def close(a, b):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
+# The published mathematics
+
+@pytest.mark.parametrize('name', [name for name in ECT.files if name.startswith('r_q')])
+def test_lower_level_is_ects(name):
+    q, k, b, stage = (float(part.lstrip('qkbstage')) for part in name.split('_')[1:])
+    close(sct.lower_level(tensor(ECT, 't'), stage, q, k, b), ECT[name])
+
+
+@pytest.mark.parametrize('c', [0.0, 0.03])
+@pytest.mark.parametrize('stage', [0, 3, 7])
+def test_loss_is_ects(c, stage):
+    x0 = tensor(ECT, 'x')
+    name = f'loss_c{c}_stage{stage}'
+    t = sct.upper_level(tensor(ECT, f'{name}:randn_t'), -1.1, 2.0)
+    eps = tensor(ECT, f'{name}:eps')
+    x_t = x0 + t[:, None, None, None] * eps
+    close(sct.loss(toy, x_t, t, x0, eps, sct.lower_level(t, stage), c=c), ECT[name])
+
+
+def test_posterior_mean_is_the_published_estimator():
+    close(sct.posterior_mean(tensor(STF, 'x_t'), tensor(STF, 't'), tensor(STF, 'ref')), STF['x0_hat'])
+
+
+def exact_mean(x_t, t, refs, allowed=None):
+    x, c = x_t.double().flatten(1), refs.double().flatten(1)
+    logits = -torch.cdist(x, c, compute_mode='donot_use_mm_for_euclid_dist').square() / (2 * t.double()[:, None] ** 2)
+    if allowed is not None:
+        logits[~allowed] = -torch.inf
+    return (logits.softmax(1) @ c).view_as(x_t)
+
+
+@pytest.mark.parametrize('t', [0.002, 0.02, 0.1, 0.5, 2.0, 10.0, 80.0])
+@pytest.mark.parametrize('labelled', [False, True])
+def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
+    """In chunks, from uint8, with near twins one grey level apart, against float64."""
+    data = common.shapes(500, 8)
+    data.images[1] = data.images[0]
+    data.images[1, 0, 0, 0] ^= 1
+    x0 = common.normalise(data.images[:16])
+    x_t = x0 + t * common.randn(x0.shape, 'noise', t)
+    level = torch.full((16,), t)
+    allowed = data.labels[:16, None] == data.labels if labelled else None
+    whole = sct.posterior_mean(x_t, level, data.images, allowed)
+    torch.testing.assert_close(whole.double(), exact_mean(x_t, level, common.normalise(data.images), allowed), rtol=0, atol=1e-4)
+    monkeypatch.setattr(sct, 'CHUNK', 7 * 192)          # 7 images at a time
+    torch.testing.assert_close(sct.posterior_mean(x_t, level, data.images, allowed), whole, rtol=0, atol=1e-4)
+
+
+def test_one_reference_is_ect_bit_for_bit():
+    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.rand(8) * 5
+    x_t = x0 + t[:, None, None, None] * eps
+    data = common.Data(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), None, 0, None)
+    x0_hat, eps_hat = sct.target(data, '1', torch.arange(8), slice(0, 8), x0, None, x_t, t, eps, None)
+    assert torch.equal(x0_hat, x0) and torch.equal(eps_hat, eps)
+    r = sct.lower_level(t, 3)
+
+    def ects(x0, t, r, eps):        # ECT's loss as its paper writes it, in its order of operations
+        student, target = sct.f(toy, x0 + t[:, None, None, None] * eps, t), sct.f(toy, x0 + r[:, None, None, None] * eps, r.clamp(min=1e-9))
+        target[r == 0] = x0[r == 0]
+        return torch.linalg.vector_norm((student - target).flatten(1), dim=1) * (1 / (t - r))
+    assert torch.equal(sct.loss(toy, x_t, t, x0_hat, eps_hat, r), ects(x0, t, r, eps))
+
+
+def fake_data(n=40, labels=4):
+    images = torch.randint(0, 256, (n, 3, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return common.Data(images, torch.arange(n) % labels if labels else None, labels, None)
+
+
+@pytest.mark.parametrize('labels', [0, 4])
+@pytest.mark.parametrize('ref_size', ['batch', 'all', '6'])
+def test_references_hold_x0_once_and_share_its_label(ref_size, labels):
+    data, index, mine = fake_data(labels=labels), torch.tensor([3, 8, 15, 16, 22, 5, 6, 7]), slice(2, 6)
+    x_all, y_all = data.at(index, torch.device('cpu'))
+    draw = lambda n: torch.tensor([15, 16, 19, 23, 30])[:n]             # two of them are this process's own images
+    refs, allowed = sct.references(data, ref_size, index, mine, x_all, y_all, draw)
+    refs = common.normalise(refs) if refs.dtype == torch.uint8 else refs
+    allowed = torch.ones(4, len(refs), dtype=torch.bool) if allowed is None else allowed
+    assert len(refs) == {'batch': 8, 'all': 40, '6': 5 + 4}[ref_size]
+    for i, own in enumerate(index[mine]):
+        mine_among = [j for j in range(len(refs)) if allowed[i, j] and torch.equal(refs[j], x_all[mine][i])]
+        assert len(mine_among) == 1
+        usable = {int((common.normalise(data.images) == ref).flatten(1).all(1).nonzero()[0]) for ref in refs[allowed[i]]}
+        if labels:
+            assert {j % labels for j in usable} == {int(own) % labels}
+        assert len(usable) > 1 or labels
+
+
+def test_consistency_function_and_its_boundary():
+    x, t = torch.randn(3, 3, 4, 4), torch.tensor([0.002, 1.0, 80.0])
+    out = sct.f(toy, x, t, m=0.002)
+    torch.testing.assert_close(out[0], x[0])                            # f(x, sigma_min) = x
+    s = 0.5                                                             # the others by hand, at t = 1 and m = 0
+    F = toy(x[1:2] / math.sqrt(s * s + 1), torch.zeros(1))
+    torch.testing.assert_close(sct.f(toy, x, t)[1:2], x[1:2] * s * s / (1 + s * s) + s / math.sqrt(s * s + 1) * F)
+
+
+def test_loss_stops_the_teachers_gradient_and_seeds_both_masks_alike():
+    seen = []
+
+    def net(x, c_noise, y):
+        seen.append((torch.is_grad_enabled(), torch.rand(1).item()))
+        return x * scale
+    scale = torch.ones((), requires_grad=True)
+    x, t = torch.randn(4, 1, 2, 2), torch.ones(4)
+    sct.loss(net, x, t, x, x, t / 2, mask=5).sum().backward()
+    assert [grad for grad, _ in seen] == [True, False] and seen[0][1] == seen[1][1]
+    assert scale.grad is not None
+    before = scale.grad.clone()
+    scale.grad = None
+    fixed = lambda x, c_noise, y: x.detach() * 1.0                       # a teacher of its own: the same values, no gradient
+    sct.loss(net, x, t, x, x, t / 2, mask=5, teacher=fixed).sum().backward()
+    assert torch.equal(before, scale.grad)
+
+
+def test_gradient_is_finite_where_the_loss_is_zero():
+    scale = torch.ones((), requires_grad=True)
+    x = torch.zeros(2, 1, 2, 2)
+    for c in (0.0, 0.1):
+        sct.loss(lambda x, n, y: x * scale, x, torch.ones(2), x, x, torch.zeros(2), c=c).sum().backward()
+        assert scale.grad.isfinite()
+
+
+def test_weights():
+    x, t, r = torch.randn(2, 1, 4, 4), torch.tensor([0.5, 3.0]), torch.tensor([0.25, 1.0])
+    plain = sct.loss(toy, x, t, x, x, r, weighting='gap') * (t - r)
+    close(sct.loss(toy, x, t, x, x, r, weighting='edm'), plain * (t ** 2 + 0.25) / (0.5 * t) ** 2)
+    u = sct.f(toy, x, t) - x
+    close(sct.denoising_loss(toy, x, t, x), (t ** 2 + 0.25) / (0.5 * t) ** 2 * u.square().mean((1, 2, 3)))
+
+
+# Oracles
+
+def test_the_exact_denoiser_is_a_fixed_point_of_pretraining():
+    """For N(0, s²) the denoiser is x s² / (s² + t²); its loss is least, so its gradient vanishes on average."""
+    s, n = 1.0, 200_000
+    x0, t = s * torch.randn(n, 1, 1, 1), torch.full((n,), 0.7)
+    x_t = x0 + 0.7 * torch.randn(n, 1, 1, 1)
+    gain = torch.tensor(s ** 2 / (s ** 2 + 0.49), requires_grad=True)
+    c_skip, c_out, c_in = 0.25 / 0.74, 0.5 * 0.7 / 0.74 ** 0.5, 1 / 0.74 ** 0.5
+    net = lambda x_in, c_noise, y: (gain - c_skip) / c_out * x_in / c_in
+    sct.denoising_loss(net, x_t, t, x0).mean().backward()
+    assert abs(gain.grad) < 0.05
+    gain.grad = None
+    gain.data += 0.1
+    sct.denoising_loss(net, x_t, t, x0).mean().backward()
+    assert gain.grad > 1
+
+
+@pytest.mark.parametrize('ref_size', ['1', 'batch'])
+def test_training_approaches_the_exact_consistency_function(ref_size):
+    """N(0, 1) data, a small network, this script's own pairs, targets and loss: f -> x / sqrt(1 + t²).
+
+    Error bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80.
+    """
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
+
+    def net(x_in, c_noise, y=None):
+        c = c_noise[:, None]
+        return (layers(torch.cat([x_in.flatten(1), c, c.square()], 1)) + x_in.flatten(1))[:, :, None, None]
+    steps, optimizer = 2000, torch.optim.Adam(layers.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for step in range(steps):
+        x0, eps = (common.randn((512, 1, 1, 1), step, stream) for stream in 'xe')
+        t = sct.upper_level(common.randn((512,), step, 't'), 0.5, 2.0)
+        r = sct.lower_level(t, step * 8 // steps)
+        x_t = x0 + t[:, None, None, None] * eps
+        data = common.Data(torch.zeros(512, 1, 1, 1, dtype=torch.uint8), None, 0, None)
+        x0_hat, eps_hat = sct.target(data, ref_size, torch.arange(512), slice(0, 512), x0, None, x_t, t, eps, None)
+        optimizer.zero_grad()
+        sct.loss(net, x_t, t, x0_hat, eps_hat, r).mean().backward()
+        optimizer.step()
+        schedule.step()
+    t = torch.logspace(math.log10(0.02), math.log10(80), 40).repeat_interleave(500)
+    x = (1 + t ** 2).sqrt()[:, None, None, None] * torch.randn(len(t), 1, 1, 1)
+    with torch.no_grad():
+        error = sct.f(net, x, t) - x / (1 + t ** 2).sqrt()[:, None, None, None]
+    assert error.square().mean().sqrt() < 0.05
+
+
+def test_references_lower_the_variance_of_the_target():
+    """At the same x_t the target eps_hat of the exact mean does not vary at all; that of one reference does."""
+    data = common.Data(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), None, 0, None)
+    x_t, t = torch.randn(8, 3, 4, 4) * 3, torch.full((8,), 3.0)
+    index = torch.arange(8)
+    hats = [sct.target(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0] for i in (index, index + 20)]
+    assert torch.equal(*hats)
+
+
+# Runs
+
+def run(*flags):
+    return common.run(sct.main, [str(flag) for flag in flags])
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw = common.shapes
+    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
+
+
+@pytest.mark.parametrize('flags', [[], ['--no-cond'], ['--ref-size', 'all'], ['--ref-size', '5'], ['--ref-size', '1'],
+                                   ['--pretrain-steps', '2'], ['--precision', 'bf16'], ['--dropout', '0.2']])
+def test_a_run_writes_its_folder(flags):
+    assert run(*TINY, '--sample-every', 2, '--eval-every', 4, '--fid-num', 10, *flags) == 0
+    out = Path('runs/sct-shapes')
+    assert {p.name for p in out.iterdir()} == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt'}
+    assert sorted(p.name for p in (out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
+    steps = [line for line in lines(out) if 'loss' in line]
+    assert [line['step'] for line in steps] == [1, 2, 3, 4] and all(math.isfinite(line['loss']) for line in steps)
+    assert 'pixel-FD (10 images against the 200 training images), 1 step' in lines(out)[-1]
+    state = torch.load(out / 'final.pt', weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values()) and 'enc.16x16_conv.weight' in state
+
+
+def test_same_seed_same_run_and_resumed_run_bit_for_bit():
+    flags = [*TINY, '--dropout', '0.3', '--steps', '6', '--pretrain-steps', '2', '--save-every', '3']
+    assert run(*flags, '--out', 'a') == run(*flags, '--out', 'b') == 0
+    weights = [torch.load(f'{out}/final.pt', weights_only=True) for out in 'ab']
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    class Stop(Exception):
+        pass
+    original, common.save_checkpoint = common.save_checkpoint, lambda *a: (original(*a), (_ for _ in ()).throw(Stop()))
+    try:
+        with pytest.raises(Stop):
+            run(*flags, '--out', 'c')
+    finally:
+        common.save_checkpoint = original
+    with open('c/metrics.jsonl', 'a') as file:              # steps after the checkpoint are done again, and noted once
+        file.write('{"step": 4, "loss": 0.0, "grad_norm": 1.0}\n')
+    assert run('--resume', '--out', 'c') == 0
+    weights.append(torch.load('c/final.pt', weights_only=True))
+    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert lines('a') == lines('c')
+    assert run(*flags, '--out', 'd', '--seed', 1) == 0
+    assert not torch.equal(torch.load('d/final.pt', weights_only=True)['map_layer0.weight'], weights[0]['map_layer0.weight'])
+
+
+def test_microbatches_equal_the_whole_batch():
+    assert run(*TINY, '--out', 'a') == run(*TINY, '--out', 'b', '--microbatch', 3) == 0
+    a, b = (torch.load(f'{out}/final.pt', weights_only=True) for out in 'ab')
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose([line['loss'] for line in lines('a')[:4]], [line['loss'] for line in lines('b')[:4]], rtol=1e-4)
+
+
+@pytest.mark.parametrize('ref_size', ['batch', 'all'])
+def test_two_processes_equal_one(command, ref_size, tmp_path):
+    """20 steps, dropout 0, gloo: losses and weights agree to rounding."""
+    flags = [*TINY, '--steps', 20, '--resolution', 8, '--pretrain-steps', 5, '--ref-size', ref_size, '--device', 'cpu']
+    for out, gpus in [('one', 1), ('two', 2)]:
+        done = command('sct.py', *flags, '--out', out, '--gpus', gpus)
+        assert done.returncode == 0, done.stderr
+    one, two = ([line['loss'] for line in lines(tmp_path / out)[:20]] for out in ('one', 'two'))
+    np.testing.assert_allclose(one, two, rtol=2e-4)
+    one, two = (torch.load(tmp_path / out / 'final.pt', weights_only=True) for out in ('one', 'two'))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_sampling():
+    assert run(*TINY) == 0
+    model = sct.load('runs/sct-shapes')
+    one = sct.sample(model, 12, seed=3)
+    assert one.shape == (12, 3, 16, 16) and one.abs().max() <= 1
+    assert torch.equal(one, sct.sample(model, 12, seed=3)) and not torch.equal(one, sct.sample(model, 12, seed=4))
+    z = common.randn((12, 3, 16, 16), 3, 0, 'sample')
+    net = common.network(model, 'fp32', torch.device('cpu'))
+    y = torch.arange(12) % 10
+    first = sct.f(net, 80 * z, torch.full((12,), 80.0), y, 0.002)
+    torch.testing.assert_close(one, first.clamp(-1, 1))
+    mid = torch.full((12,), 0.821)
+    second = sct.f(net, first + 0.821 * common.randn((12, 3, 16, 16), 3, 1, 'sample'), mid, y, 0.002)
+    torch.testing.assert_close(sct.sample(model, 12, nfe=2, seed=3), second.clamp(-1, 1))
+    assert not torch.equal(sct.sample(model, 12, labels=[7], seed=3), one)
+
+    for source in ('runs/sct-shapes', 'runs/sct-shapes/checkpoint.pt', 'runs/sct-shapes/final.pt'):
+        assert run('--sample', source, '--n', 6, '--nfe', '1,4', '--labels', '1,2') == 0
+    assert {p.name for p in Path('runs/sct-shapes').glob('*.png')} >= {'sample-1-step.png', 'sample-4-step.png'}
+
+
+def test_evaluation_prints_what_it_measured(capsys):
+    assert run(*TINY) == 0
+    assert run('--evaluate', 'runs/sct-shapes', '--nfe', '1,2', '--fid-num', 50) == 0
+    out = capsys.readouterr().out
+    assert 'pixel-FD (50 images against the 200 training images), 1 step: ' in out and '2 steps: ' in out
+
+
+def test_wrong_flags(refused, tmp_path, monkeypatch):
+    assert run(*TINY) == 0
+    refused(sct, '--dataset nothing', '--dataset nothing', 'shapes')
+    refused(sct, TINY, 'runs/sct-shapes holds a run', '--resume', '--overwrite')
+    refused(sct, '--resume --out nowhere', 'nowhere holds no run')
+    refused(sct, '--resume --width 16', '--width is 16', 'made with 8')
+    refused(sct, '--resume --seed 5', '--seed is 5')
+    refused(sct, '--ref-size some', '--ref-size')
+    refused(sct, '--ref-size 0', '--ref-size')
+    refused(sct, '--steps 0', '--steps')
+    refused(sct, '--lr nan', '--lr')
+    refused(sct, '--stepz 3', '--stepz')
+    refused(sct, '--pretrain-steps 9 --steps 9 --out x', '--pretrain-steps 9')
+    refused(sct, '--batch 9 --gpus 2 --device cpu --out x', '--batch 9', '2 processes')
+    refused(sct, '--dataset cifar10 --data-dir nowhere/at/all --resolution 16 --out x', 'nowhere')
+    refused(sct, '--sample nowhere', 'nowhere')
+    refused(sct, '--sample runs/sct-shapes --labels 10', '--labels', '10 classes')
+    refused(sct, ['--sample', __file__], 'test_sct.py', 'cannot be read')
+    refused(sct, '--evaluate runs/sct-shapes --fid-ref nowhere.npz', 'nowhere.npz')
+    refused(sct, '--mults 1,2,2,2,2,2 --out x', '--mults')
+    Path('file').write_text('')
+    refused(sct, [*TINY, '--out', 'file'], 'file is a file')
+    if not torch.cuda.is_available():
+        refused(sct, '--device cuda --out x', 'no GPU')
+        refused(sct, '--gpus 8 --out x', '--gpus 8')
+    assert not Path('x').exists() and sorted(p.name for p in tmp_path.iterdir()) == ['file', 'runs']
+
+
+def test_help_shows_the_settings_in_force(capsys):
+    with pytest.raises(SystemExit):
+        sct.main(['--dataset', 'cifar10', '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert '[400000]' in text and '[128]' in text and '--ref-size' in text
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path):
+    assert run('--dataset', 'cifar10', '--dry-run') == 0
+    assert json.loads(capsys.readouterr().out)['batch'] == 128 and not list(tmp_path.iterdir())
+
+
+def test_benchmark_accounts_for_the_step(capsys, tmp_path):
+    assert run(*TINY, '--benchmark', 3) == 0
+    out = capsys.readouterr().out
+    for part in ('img/s', 'data', 'reference mean', 'forward', 'backward', 'optimiser', 'EMA', 'peak memory'):
+        assert part in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number', ['SIGINT', 'SIGTERM'])
+def test_a_signal_ends_the_run_with_a_checkpoint(command, tmp_path, number):
+    import os, signal, subprocess, sys, time
+    from conftest import ROOT
+    process = subprocess.Popen([sys.executable, str(ROOT / 'sct.py'), *TINY, '--steps', '100000', '--resolution', '8'],
+                               stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    metrics = tmp_path / 'runs/sct-shapes/metrics.jsonl'
+    while not (metrics.exists() and metrics.read_text().count('\n') > 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, number))
+    out, _ = process.communicate(timeout=60)
+    step = lines(tmp_path / 'runs/sct-shapes')[-1]['step']
+    assert process.returncode == 0 and f'python sct.py --resume --out runs/sct-shapes' in out
+    assert torch.load(tmp_path / 'runs/sct-shapes/checkpoint.pt', weights_only=True)['step'] == step
+
+
+def test_divergence_stops_the_run(capsys):
+    assert run(*TINY, '--steps', 40, '--lr', '1e30', '--save-every', 5) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and '20 steps in a row' in error and not Path('runs/sct-shapes/final.pt').exists()
+
+
+@pytest.mark.assets
+def test_cifar10_trains_samples_and_scores(real, capsys):
+    data = real('cifar-10-batches-bin').parent
+    assert run('--dataset', 'cifar10', '--data-dir', data, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 6, '--ref-size', 100) == 0
+    assert run('--evaluate', 'runs/sct-cifar10', '--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels') == 0
+    assert 'against the 50,000 training images' in capsys.readouterr().out
