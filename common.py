@@ -51,19 +51,15 @@ def run(main, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         return main(argv) or 0
-    except UserError as error:
-        message, code = str(error), error.code
-    except torch.OutOfMemoryError:
-        message, code = 'out of memory on the device: lower --batch, or split it with --microbatch', 1
-    except KeyboardInterrupt:
-        message, code = 'interrupted', 130
-    if '--debug' in argv:
-        raise
+    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as caught:
+        if '--debug' in argv:
+            raise
+        error = {torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch', code=1),
+                 KeyboardInterrupt: UserError('interrupted', code=130)}.get(type(caught), caught)
     if rank():
         time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
-        message = f'process {rank()}: {message}'
-    print(f'\n{message}' if _line_open else message, file=sys.stderr, flush=True)
-    return code
+    print('\n' * _line_open + f'process {rank()}: ' * (rank() > 0) + str(error), file=sys.stderr, flush=True)
+    return error.code
 
 
 _line_open = False          # whether the terminal's last line is a progress line that awaits being written over
@@ -333,18 +329,23 @@ def distributed(net):
     return ddp(net, gradient_as_bucket_view=True, **{no_broadcast: False})     # the buffers are constants
 
 
+@contextlib.contextmanager
+def one_first():
+    """The first process of each machine does this before the others: it downloads, they find."""
+    first = int(os.environ.get('LOCAL_RANK', 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first:
+        dist.barrier()
+
+
 def microbatches(net, n, size):
     """Slices of at most `size` (all n if None) of a process's part of the batch; gradients are averaged at the last one only."""
     for at in range(0, n, size or n):
         if isinstance(net, torch.nn.parallel.DistributedDataParallel):
             net.require_backward_grad_sync = at + (size or n) >= n
         yield slice(at, at + (size or n))
-
-
-def wait_for_all():
-    """Returns once every process has called it."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # 4. Keyed randomness: what is drawn depends on (seed, step, stream) alone, so there is no generator state to save
@@ -417,7 +418,8 @@ def load_data(args):
     if args.dataset == 'shapes':
         data = shapes(resolution=args.resolution)
     elif args.dataset == 'cifar10':
-        data = cifar10(root)
+        with one_first():
+            data = cifar10(root)
     else:
         data = image_folder(root, args.resolution)
     if args.resolution and args.resolution != data.images.shape[-1]:
@@ -434,7 +436,26 @@ def fit_to_data(args, data):
         raise UserError(f'--mults has {len(args.mults)} resolutions, but {args.resolution} cannot be halved {len(args.mults) - 1} times')
 
 
-SHAPES = 'circle ring square frame triangle diamond plus cross heart star'.split()
+def _turned(points, angle):
+    return [(x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)) for x, y in points]
+
+
+_ARC = [2 * math.pi * i / 60 for i in range(60)]
+_CIRCLE = [(math.cos(a), math.sin(a)) for a in _ARC]
+_SQUARE = [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
+_PLUS = [corner for turn in range(4) for corner in _turned([(-0.28, -1), (0.28, -1), (0.28, -0.28)], turn * math.pi / 2)]
+SHAPES = {      # name: outline, and the hole in it, within [-1, 1]², y downwards
+    'circle': (_CIRCLE, None),
+    'ring': (_CIRCLE, 0.55),
+    'square': (_SQUARE, None),
+    'frame': (_SQUARE, 0.55),
+    'triangle': ([(0, -1), (1, 0.8), (-1, 0.8)], None),
+    'diamond': ([(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)], None),
+    'plus': (_PLUS, None),
+    'cross': (_turned(_PLUS, math.pi / 4), None),
+    'heart': ([(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a) - 13 * math.cos(a)) / 16) for a in _ARC], None),
+    'star': ([(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i in range(10) for r in [0.48 if i % 2 else 1.15]], None),
+}
 
 
 def draw_shape(i, resolution=16):
@@ -447,37 +468,9 @@ def draw_shape(i, resolution=16):
     ground, ink = colour(0.5, rng.uniform(0.0, 0.25)), colour(rng.uniform(0.5, 1.0), rng.uniform(0.8, 1.0))
     cx, cy, r = (size * rng.uniform(*span) for span in [(0.45, 0.55), (0.45, 0.55), (0.34, 0.42)])
     image = Image.new('RGB', (size, size), ground)
-    draw = ImageDraw.Draw(image)
-    at = lambda *points: [(cx + r * x, cy + r * y) for x, y in points]
-    box = lambda k: [cx - k * r, cy - k * r, cx + k * r, cy + k * r]
-    polar = lambda k, turn: (k * math.sin(2 * math.pi * turn), -k * math.cos(2 * math.pi * turn))
-    bars = [[(-1, -w), (1, -w), (1, w), (-1, w)] for w in [0.28]]
-    bars.append([(y, x) for x, y in bars[0]])
-    name = SHAPES[i % len(SHAPES)]
-    if name in ('circle', 'ring'):
-        draw.ellipse(box(1), fill=ink)
-    if name == 'ring':
-        draw.ellipse(box(0.55), fill=ground)
-    if name in ('square', 'frame'):
-        draw.rectangle(box(0.9), fill=ink)
-    if name == 'frame':
-        draw.rectangle(box(0.5), fill=ground)
-    if name == 'triangle':
-        draw.polygon(at((0, -1), (1, 0.8), (-1, 0.8)), fill=ink)
-    if name == 'diamond':
-        draw.polygon(at((0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)), fill=ink)
-    if name == 'plus':
-        for bar in bars:
-            draw.polygon(at(*bar), fill=ink)
-    if name == 'cross':
-        for bar in bars:
-            draw.polygon(at(*[((x - y) * 0.78, (x + y) * 0.78) for x, y in bar]), fill=ink)
-    if name == 'heart':
-        turns = [2 * math.pi * k / 60 for k in range(60)]
-        draw.polygon(at(*[(math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
-                          for a in turns]), fill=ink)
-    if name == 'star':
-        draw.polygon(at(*[polar(1.15 if k % 2 == 0 else 0.48, k / 10) for k in range(10)]), fill=ink)
+    outline, hole = list(SHAPES.values())[i % len(SHAPES)]
+    for scale, fill in [(r, ink), (r * hole, ground)] if hole else [(r, ink)]:
+        ImageDraw.Draw(image).polygon([(cx + scale * x, cy + scale * y) for x, y in outline], fill=fill)
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
@@ -601,14 +594,15 @@ def image_folder(root, resolution=None):
 def download(url, path, algorithm, digest):
     """Fetches `url` to `path` unless it is there, and checks that the file's hash begins with `digest` (hex) either way."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f'{path.name}.{os.getpid()}.part')
         try:
-            with urllib.request.urlopen(url, timeout=30) as source, open(part, 'wb') as target:
+            with urllib.request.urlopen(url, timeout=30) as source:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 size = int(source.headers.get('Content-Length') or 0)
                 blocks = iter(lambda: source.read(1 << 20), b'')
-                for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
-                    target.write(block)
+                with open(part, 'wb') as target:
+                    for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
+                        target.write(block)
             check_hash(part, algorithm, digest, f'what came from {url}')
             os.replace(part, path)
         except OSError as error:
@@ -677,7 +671,7 @@ class Clock:
     """Time per part of a step, for --benchmark: `clock('forward')` books the time since the last call on 'forward'."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.parts, self.last, self.steps = args, device, [], None, 0
+        self.args, self.device, self.parts, self.last = args, device, [], None
 
     def __call__(self, part):
         if self.args.benchmark:
@@ -689,19 +683,18 @@ class Clock:
             self.last = now
 
     def next_step(self):
-        """True, with a report of the medians, when --benchmark's steps (after two to warm up) are done."""
-        if not self.args.benchmark:
-            return False
-        if len(self.parts) == self.args.benchmark + 2:
+        """Called at the start of every step: True, after a report of medians, if --benchmark's steps and two before are done."""
+        if self.args.benchmark and len(self.parts) == self.args.benchmark + 2:
             parts = {name: float(np.median([step[name] for step in self.parts[2:]])) for name in self.parts[-1]}
-            total, cuda = sum(parts.values()), self.device.type == 'cuda'
-            say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images')
-            for name, spent in parts.items():
-                say(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}')
-            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            say(f'  peak memory      {peak / 2 ** 30:9.2f} GiB')
+            total = sum(parts.values())
+            peak = (torch.cuda.max_memory_allocated() if self.device.type == 'cuda'
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
+                f'peak memory {peak / 2 ** 30:.2f} GiB')
+            say('\n'.join(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}' for name, spent in parts.items()))
             return True
-        self.parts.append({})
+        if self.args.benchmark:
+            self.parts.append({})
         return False
 
 
@@ -735,7 +728,8 @@ def open_run(args):
         for name in ('checkpoint.pt', 'final.pt', 'metrics.jsonl'):
             (out / name).unlink(missing_ok=True)
         write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
-    wait_for_all()
+    if dist.is_initialized():
+        dist.barrier()
     return state
 
 

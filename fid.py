@@ -152,10 +152,11 @@ def load_inception(path=None, data_dir='data', device='cpu'):
     `path`: a state dict with pytorch-fid's names. Without it the weights are looked for in `data_dir`, else downloaded there.
     """
     if path is None:
-        found = sorted(Path(data_dir).glob('*inception-2015-12-05*.pth')) if Path(data_dir).is_dir() else []
-        path = found[0] if found else Path(data_dir) / WEIGHTS_URL.split('/')[-1]
-        if not found:
-            common.download(WEIGHTS_URL, path, 'sha256', WEIGHTS_SHA256)
+        with common.one_first():
+            found = sorted(Path(data_dir).glob('*inception-2015-12-05*.pth'))
+            path = found[0] if found else Path(data_dir) / WEIGHTS_URL.split('/')[-1]
+            if not found:
+                common.download(WEIGHTS_URL, path, 'sha256', WEIGHTS_SHA256)
     net = InceptionV3()
     wanted = net.state_dict()
     try:
