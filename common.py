@@ -104,29 +104,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (--help lists the flags)')
 
 
-def number(kind=int, low=None, high=None):
-    """A type for argparse: a finite number within [low, high]."""
+def number(kind=int, low=-math.inf, high=math.inf, many=False):
+    """A type for argparse: a finite number from `low` to `high`, or with `many` a list of such, separated by commas."""
     def parse(text):
-        value = kind(text)
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            bounds = f'at least {low}' if high is None else f'from {low} to {high}'
-            raise argparse.ArgumentTypeError(f'{text} is not {bounds}')
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def numbers(kind=int, low=None, high=None):
-    """A type for argparse: comma-separated numbers within [low, high], as a list."""
-    one = number(kind, low, high)
-    parse = lambda text: [one(part) for part in text.split(',')]
-    parse.__name__ = 'comma-separated list'
+        values = [kind(part) for part in text.split(',')] if many else [kind(text)]
+        if not all(low <= value <= high and value not in (math.inf, -math.inf) for value in values):
+            raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
+        return values if many else values[0]
+    parse.__name__ = 'number'
     return parse
 
 
 # Flags that may differ between a run and its resumption: they change where and how long it runs, not what it computes.
 FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every eval_every
-    fid_num fid_ref fid_features inception dry_run debug sample evaluate benchmark n nfe labels'''.split())
+    fid_num fid_ref fid_features inception dry_run debug sample evaluate benchmark n nfe labels eta guide guidance keep_ema'''.split())
 
 
 def parse_args(script, doc, presets, add_flags, argv):
@@ -158,7 +149,7 @@ def parse_args(script, doc, presets, add_flags, argv):
     add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped to squares and resized')
     add = parser.add_argument_group('network').add_argument
     add('--width', type=number(int, 8), metavar='N', help='channels at multiplier 1')
-    add('--mults', type=numbers(int, 1), metavar='N,N', help='width of each resolution, finest first')
+    add('--mults', type=number(int, 1, many=True), metavar='N,N', help='width of each resolution, finest first')
     add('--blocks', type=number(int, 1), metavar='N', help='residual blocks per resolution')
     add('--dropout', type=number(float, 0, 0.99), metavar='P', help='the same mask for student and teacher')
     add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
@@ -189,8 +180,8 @@ def parse_args(script, doc, presets, add_flags, argv):
     add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
     add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
     add('--n', type=number(int, 1), default=64, metavar='N', help='images that --sample writes')
-    add('--nfe', type=numbers(int, 1, 1000), default=[1], metavar='N,N', help='network evaluations per sample')
-    add('--labels', type=numbers(int, 0), metavar='N,N', help='classes of the samples, in turn; all if not given')
+    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations per sample; 1 if not given')
+    add('--labels', type=number(int, 0, many=True), metavar='N,N', help='classes of the samples, in turn; all if not given')
     add('--fid-num', type=number(int, 2), metavar='N', help='samples that a Fréchet distance is measured with')
     add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
     add('--fid-features', choices=['inception', 'pixels'], help='inception gives FID; pixels needs no weights, gives pixel-FD')
@@ -214,7 +205,7 @@ def parse_args(script, doc, presets, add_flags, argv):
 
 def config_of(args):
     """The settings of a run as plain values, for config.json and checkpoints."""
-    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'benchmark', 'n', 'nfe', 'labels'}
+    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'benchmark', 'n', 'nfe', 'labels', 'guide', 'guidance'}
     return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
 
 
@@ -754,11 +745,11 @@ def save_checkpoint(args, step, net, ema, optimizer):
         write_atomic(Path(args.out) / 'checkpoint.pt', lambda file: torch.save(state, file))
 
 
-def save_final(args, ema):
-    """final.pt: the EMA network alone, a plain state dict, for this and for others' code."""
+def save_final(args, ema, name='final.pt'):
+    """The EMA network alone, a plain state dict, for this and for others' code."""
     if rank() == 0:
-        write_atomic(Path(args.out) / 'final.pt', lambda file: torch.save(ema.state_dict(), file))
-        say(f'done: {args.out}/final.pt')
+        write_atomic(Path(args.out) / name, lambda file: torch.save(ema.state_dict(), file))
+        say(f'written: {args.out}/{name}')
 
 
 def load_checkpoint(path):

@@ -14,17 +14,25 @@ average, and its variance is what makes training slow and unstable. SCT takes th
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)            references x^(i) ~ p(x0 | y), x0 among them
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat            and the target is x0_hat where r = 0
 
+Besides (the flags in brackets), the gap between t and r shrinks smoothly instead of in ECT's steps [--schedule, Sec. 4.2]; the
+noise levels may be cut into phases with a boundary condition each, for a model that samples in a few deterministic steps
+[--phases, --edges], which jump to just below an edge [--eta, edge-skipping, Sec. 4.3]; and a worse model of the same run guides
+a better one [--guide, --guidance, --keep-ema, Sec. 4.4].
+
     python sct.py                                                 # ten shapes, five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
     python sct.py --sample runs/sct-shapes --nfe 2                # a grid of images
     python sct.py --evaluate runs/sct-cifar10 --nfe 1,2           # FID
 
-Choices where the paper leaves one, and deviations:
- 1. The references of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
- 2. `--ref-size all` takes the whole training set, and so the exact score of it: beyond the paper. It costs a matrix product.
- 3. With labels (`--cond`) an image's references are those of its own label; their number is counted before that.
- 4. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run; the paper starts from a published one.
- 5. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, as ECT has it.
+Where the paper leaves a choice, and where we deviate from it:
+ 1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
+ 2. `--ref-size all` takes the whole training set, so the exact score of it: beyond the paper. It costs two matrix products.
+ 3. With labels (`--cond`) an image's references are those of its own label; N of `--ref-size N` is counted before that.
+ 4. `--schedule smooth` lets ECT's stage grow continuously from 0 to its last value: our reading of "smoother".
+ 5. Phases: edges at rho 7 (EDM Eq. 5) from 0 to sigma_max; the loss compares the points that two predictions reach at the
+    lower edge s of t's phase, x_s = f + s (x_t - f) / t, and r stays above s: our reading, from Phased Consistency Models.
+ 6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run.
+ 7. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, as ECT has it.
 """
 import copy
 import sys
@@ -41,7 +49,8 @@ from unet import SongUNet
 ECT = dict(                     # ECT's settings for CIFAR-10 (its Table 6), which SCT keeps
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
-    stages=8,                   # q^-1 ... q^-8: the gap halves so many times over the run
+    stages=8, schedule='smooth',    # q^-1 ... q^-8: the gap is divided by q so many times over the run
+    phases=1, edges=None, eta=1.0, guidance=1.0, keep_ema=None,
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', ref_size='batch', pretrain_steps=0, cond=False, fid_features='inception', fid_num=50_000)
@@ -75,6 +84,22 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
 
 
+def stage_at(share, stages, schedule):
+    """The stage that `lower_level` takes after this share of tuning: ECT's 0, 1, 2, ..., or the same without steps (SCT Sec. 4.2)."""
+    return share * stages if schedule == 'smooth' else int(share * stages)
+
+
+def phase_edges(phases, edges=None):
+    """0 = s_0 < ... < s_M = sigma_max: spaced by rho 7, or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
+    inner = edges if edges else [SIGMA_MAX * (i / phases) ** 7 for i in range(1, phases)]
+    return [0.0, *inner, SIGMA_MAX]
+
+
+def phase_floor(t, edges):
+    """The lower edge s < t of each level's phase; levels above sigma_max belong to the last phase. (B,), (M + 1,) -> (B,)"""
+    return edges[torch.searchsorted(edges[:-1].contiguous(), t) - 1]
+
+
 # 3. Model
 
 def make_network(args):
@@ -101,23 +126,21 @@ def f(net, x, t, y=None, m=0.0):
 CHUNK = 2 ** 23         # how many numbers of the references are float32 at a time: 32 MiB
 
 
-def posterior_mean(x_t, t, refs, allowed=None):
-    """E[x0 | x_t] if x0 is one of `refs` (SCT Sec. 4.1): softmax-weighted mean by -|x_t - x^(i)|² / (2 t²).
+def posterior_mean(x_t, t, chunks):
+    """E[x0 | x_t] if x0 is one of the references (SCT Sec. 4.1): their mean, weighted by softmax of -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,), refs (N, C, H, W) in [-1, 1] or uint8; allowed (B, N) bool: who may refer to whom, all if None
-    -> (B, C, H, W). One reference gives itself back: ECT. Runs over chunks of the references, with a running maximum and sum,
-    so that memory stays bounded.
+    x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed (B, n) bool,
+    who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running maximum and sum
+    (the log-sum-exp of flash attention) make the pieces add up, so that memory is that of one piece.
     """
     x, t = x_t.flatten(1), t[:, None]                                                       # (B, D), (B, 1)
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
-    chunk = max(1, CHUNK // x.shape[1])
     with common.true_float32():
-        for i in range(0, len(refs), chunk):
-            c = refs[i:i + chunk].to(x.device).flatten(1)                                   # (n, D)
-            c = common.normalise(c) if c.dtype == torch.uint8 else c
+        for refs, allowed in chunks:
+            c = (common.normalise(refs) if refs.dtype == torch.uint8 else refs).flatten(1)  # (n, D)
             logits = (x @ c.T - c.square().sum(1) / 2) / t ** 2                             # |x|² is the same for all i
             if allowed is not None:
-                logits = logits.masked_fill(~allowed[:, i:i + chunk], -torch.inf)
+                logits = logits.masked_fill(~allowed, -torch.inf)
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             weights, shrink = (logits - new_top).exp(), (top - new_top).exp()               # (B, n), (B, 1)
             total = total * shrink + weights.sum(1, keepdim=True)
@@ -126,50 +149,61 @@ def posterior_mean(x_t, t, refs, allowed=None):
 
 
 def references(data, ref_size, index, mine, x0, y, draw):
-    """Which images stand for p(x0 | y) in this step. -> refs (N, C, H, W), allowed (b, N) bool or None
+    """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; every sample's x0 is among its own, once.
 
     index (B,): the global batch within `data`, of which x0 (B, C, H, W) are the images, y (B,) the labels or None, and the
-    slice `mine` this process's part, of b. draw(n) gives n random indices. x0 is among every sample's references, once.
+    slice `mine` this process's part. draw(n) gives n random indices.
     """
+    same = lambda labels: None if y is None else y[mine, None] == labels.to(y.device)
     if ref_size == 'batch':
-        return x0, None if y is None else y[mine, None] == y
-    if ref_size == 'all':
-        return data.images, None if y is None else y[mine, None] == data.labels.to(y.device)
-    others = draw(int(ref_size) - 1)                                                        # shared by the batch
-    refs, ref_labels = data.at(others, x0.device)
-    allowed = (index[mine, None] != others).to(x0.device)
-    if y is not None:
-        allowed = allowed & (y[mine, None] == ref_labels)
-    own = torch.eye(len(allowed), dtype=torch.bool, device=x0.device)                       # each sample's own image
-    return torch.cat([refs, x0[mine]]), torch.cat([allowed, own], dim=1)
+        yield x0, same(y)
+    elif ref_size == 'all':
+        labels = data.labels                                    # with labels, only images of a class that is in the batch
+        rows = torch.arange(len(data.images)) if y is None else torch.isin(labels, labels[index[mine]]).nonzero()[:, 0]
+        for part in rows.split(max(1, CHUNK // x0[0].numel())):
+            yield data.images[part.to(data.images.device)].to(x0.device), None if y is None else same(labels[part])
+    else:
+        others = draw(int(ref_size) - 1)                        # shared by the batch
+        refs, ref_labels = data.at(others, x0.device)
+        allowed = (index[mine, None] != others).to(x0.device)
+        yield refs, allowed if y is None else allowed & same(ref_labels)
+        yield x0[mine], torch.eye(len(allowed), dtype=torch.bool, device=x0.device)     # each sample's own image
 
 
 def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, draw):
     """x0_hat and eps_hat = (x_t - x0_hat) / t for this process's x_t (b, C, H, W), t (b,); see `references` for the rest."""
     if ref_size == '1':
         return x_all[mine], eps                             # x0 alone: ECT, without a rounding on the way back to eps
-    x0_hat = posterior_mean(x_t, t, *references(data, ref_size, index, mine, x_all, y_all, draw))
+    x0_hat = posterior_mean(x_t, t, references(data, ref_size, index, mine, x_all, y_all, draw))
     return x0_hat, (x_t - x0_hat) / t[:, None, None, None]
 
 
 # 5. Loss
 
-def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weighting='gap', c=0.0):
+def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weighting='gap', c=0.0, s=None):
     """Consistency loss of each sample (ECT Eq. 11 with SCT's target). -> (B,)
 
-    The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat, and to x0_hat where r = 0.
+    The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat; with phases, the points that both
+    predict for the lower edge s (B,) of t's phase are compared. Where r = s that point is x_r itself: x0_hat if s = 0.
     `mask` seeds the dropout: student and teacher drop the same units, so that their difference is not that of two masks.
     """
-    x_r = x0_hat + r[:, None, None, None] * eps_hat
+    r4, t4 = r[:, None, None, None], t[:, None, None, None]
+    s4 = torch.zeros_like(t4) if s is None else s[:, None, None, None]
+    x_r = x0_hat + r4 * eps_hat
     torch.manual_seed(mask)
-    student = f(net, x_t, t, y)
+    student = at_level(f(net, x_t, t, y), x_t, t4, s4)
     with torch.no_grad():
         torch.manual_seed(mask)
-        target = f(teacher or net, x_r, torch.where(r > 0, r, t), y)                        # at r = 0 the value is not used
-        target = torch.where(r[:, None, None, None] > 0, target, x0_hat)
+        r_or_t = torch.where(r4 > s4, r4, t4)                                               # at r = s the value is not used
+        target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r_or_t.flatten(), y), x_r, r_or_t, s4), x_r)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)                   # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                           # pseudo-Huber (iCT Sec. 3.3)
     return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+
+
+def at_level(x0_hat, x_t, t, s):
+    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s: x0_hat + s (x_t - x0_hat) / t."""
+    return x0_hat + s * (x_t - x0_hat) / t
 
 
 def denoising_loss(net, x_t, t, x0_hat, y=None, mask=0):
@@ -189,25 +223,37 @@ def edm_weight(t):
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model, n, nfe=1, labels=None, seed=0):
+def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None):
     """n images in [-1, 1], (n, C, H, W), with `nfe` network evaluations each; labels: list of classes, taken in turn.
 
-    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1).
+    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A model
+    of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge (SCT Sec. 4.3).
+    `guide`: a worse model, from which the prediction is pushed away: f_bad + guidance (f - f_bad) (SCT Sec. 4.4).
     """
-    config, device = model.config, next(model.parameters()).device
-    net = common.network(model, config['precision'], device)
-    levels = [SIGMA_MAX * (1 + i / nfe * ((SIGMA_MIN / SIGMA_MAX) ** (1 / 7) - 1)) ** 7 for i in range(nfe)]    # EDM Eq. 5
-    if nfe == 2:
-        levels[1] = config['t_mid']
+    config, device, images = model.config, next(model.parameters()).device, []
+    net, bad = (common.network(m, config['precision'], device) for m in (model, guide or model))
     y = common.choose_labels(n, labels, config['label_dim'])
-    shape, images = (n, config['in_channels'], config['resolution'], config['resolution']), []
-    noise = [common.randn(shape, seed, i, 'sample') for i in range(nfe)]
+    edges = phase_edges(config['phases'], config['edges'])
+    levels = [SIGMA_MAX * (1 + i / nfe * ((SIGMA_MIN / SIGMA_MAX) ** (1 / 7) - 1)) ** 7 for i in range(nfe)]    # EDM Eq. 5
+    if len(edges) > 2:
+        if nfe != len(edges) - 1:
+            raise common.UserError(f'--nfe {nfe}: a model of {len(edges) - 1} phases takes as many evaluations')
+        levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
+    elif nfe == 2:
+        levels[1] = config['t_mid']
+    shape = (n, config['in_channels'], config['resolution'], config['resolution'])
+    noise = [common.randn(shape, seed, i, 'sample') for i in range(nfe if len(edges) == 2 else 1)]
     for part in torch.arange(n).split(250):
-        x = 0
-        for t, z in zip(levels, noise):
-            t = torch.full((len(part),), t, device=device)
-            x = f(net, x + t[:, None, None, None] * z[part].to(device), t, None if y is None else y[part].to(device), SIGMA_MIN)
-        images.append(x.clamp(-1, 1))
+        y_part = None if y is None else y[part].to(device)
+        x = SIGMA_MAX * noise[0][part].to(device)
+        for i, level in enumerate(levels):
+            t = torch.full((len(part),), level, device=device)
+            x0_hat = f(net, x, t, y_part, SIGMA_MIN)
+            if guide is not None:
+                x0_hat = torch.lerp(f(bad, x, t, y_part, SIGMA_MIN), x0_hat, guidance)
+            if i + 1 < len(levels):
+                x = at_level(x0_hat, x, level, levels[i + 1]) if len(edges) > 2 else x0_hat + levels[i + 1] * noise[i + 1][part].to(device)
+        images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
 
 
@@ -245,6 +291,7 @@ def train(args):
     wrapped = common.distributed(net)
     student, teacher = (common.network(module, args.precision, device) for module in (wrapped, net))
     mine = common.my_part(args.batch)
+    edges, kept = torch.tensor(phase_edges(args.phases, args.edges), device=device), [round(share * args.steps) for share in args.keep_ema or []]
     log, clock = common.Log(args, start, device), common.Clock(args, device)
 
     for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
@@ -273,8 +320,9 @@ def train(args):
         clock('reference mean')
 
         # Loss and gradient.
-        stage = (step - args.pretrain_steps) * args.stages // (args.steps - args.pretrain_steps)
-        r = lower_level(t, stage, args.q, args.k, args.b)
+        share = (step - args.pretrain_steps) / (args.steps - args.pretrain_steps)
+        s = phase_floor(t, edges)
+        r = lower_level(t, stage_at(share, args.stages, args.schedule), args.q, args.k, args.b).maximum(s)
         total = torch.zeros((), device=device)
         for i, part in enumerate(common.microbatches(wrapped, len(x0), args.microbatch)):
             mask = common.key(args.seed, step, 'dropout', common.rank(), i)
@@ -283,7 +331,7 @@ def train(args):
                 value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y_part, mask)
             else:
                 value = loss(student, x_t[part], t[part], x0_hat[part], eps_hat[part], r[part], y_part, teacher, mask,
-                             args.weighting, args.c)
+                             args.weighting, args.c, s[part])
             clock('forward')
             (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
             total += value.detach().sum() / len(x0)
@@ -297,8 +345,10 @@ def train(args):
         common.update_ema(ema, net, args.ema)
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
+        if step + 1 in kept:                                                    # a worse self, for --guide
+            common.save_final(args, ema, f'ema-{step + 1}.pt')
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            common.save_grid(sample(ema, 64, seed=args.seed), Path(args.out) / 'samples' / f'{step + 1:07}.png')
+            common.save_grid(sample(ema, 64, args.phases, seed=args.seed), Path(args.out) / 'samples' / f'{step + 1:07}.png')
             common.save_curves(log.path, Path(args.out) / 'curves.png')
         if log.due(step + 1, args.eval_every):
             for nfe in args.nfe:
@@ -312,9 +362,10 @@ def train(args):
     common.save_final(args, ema)
 
 
-def evaluate(model, args, data, device, nfe):
+def evaluate(model, args, data, device, nfe, guide=None):
     """Fréchet distance of samples of `model`, printed. -> (name, value)"""
-    name, value = fid.evaluate(args, data, lambda j, n: sample(model, n, nfe, args.labels, common.key(args.seed, j)), device)
+    generate = lambda j, n: sample(model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta)
+    name, value = fid.evaluate(args, data, generate, device)
     common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
     return name, value
 
@@ -330,27 +381,38 @@ def ref_size(text):
 
 def add_flags(parser):
     """The flags that are SCT's own."""
-    add = parser.add_argument_group('method').add_argument
-    add('--ref-size', type=ref_size, metavar='1|batch|N|all',
-        help='references of the posterior mean (Sec. 4.1): 1 is ECT, batch the minibatch, N as many drawn each step, all the data')
+    number, add = common.number, parser.add_argument_group('method').add_argument
+    add('--ref-size', type=ref_size, metavar='1|batch|N|all', help='references of the posterior mean (Sec. 4.1): 1 is ECT, '
+        '`batch` the minibatch, N as many drawn each step, `all` the training set')
+    add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages (Sec. 4.2)')
+    add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
+    add('--stages', type=number(int, 1, 64), metavar='N', help='how often, over the run')
+    add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each (Sec. 4.3)')
+    add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='the M - 1 levels between them')
+    add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
+    add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of the run, for --guide')
+    add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling (Sec. 4.4)')
+    add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
 
 def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate uses what was trained."""
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv)
+    if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
+        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between them, in ascending order')
+    args.nfe = args.nfe or [args.phases]
     if args.dry_run:
         return common.say(common.json.dumps(common.config_of(args), indent=2))
     if not (args.sample or args.evaluate):
         return train(args)
     device = common.start(args)
-    model = load(args.sample or args.evaluate, device)
-    if args.sample:
-        for nfe in args.nfe:
-            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed))
-    else:
-        data = None if args.fid_ref else common.load_data(args)
-        for nfe in args.nfe:
-            evaluate(model, args, data, device, nfe)
+    model, guide = load(args.sample or args.evaluate, device), load(args.guide, device) if args.guide else None
+    data = common.load_data(args) if args.evaluate and not args.fid_ref else None
+    for nfe in args.nfe:
+        if args.evaluate:
+            evaluate(model, args, data, device, nfe, guide)
+        else:
+            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed, guide, args.guidance, args.eta))
 
 
 if __name__ == '__main__':

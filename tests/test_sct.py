@@ -49,7 +49,7 @@ def test_loss_is_ects(c, stage):
 
 
 def test_posterior_mean_is_the_published_estimator():
-    close(sct.posterior_mean(tensor(STF, 'x_t'), tensor(STF, 't'), tensor(STF, 'ref')), STF['x0_hat'])
+    close(sct.posterior_mean(tensor(STF, 'x_t'), tensor(STF, 't'), [(tensor(STF, 'ref'), None)]), STF['x0_hat'])
 
 
 def exact_mean(x_t, t, refs, allowed=None):
@@ -71,10 +71,14 @@ def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
     x_t = x0 + t * common.randn(x0.shape, 'noise', t)
     level = torch.full((16,), t)
     allowed = data.labels[:16, None] == data.labels if labelled else None
-    whole = sct.posterior_mean(x_t, level, data.images, allowed)
+    index, y = torch.arange(16), data.labels[:16] if labelled else None
+    data = data if labelled else data._replace(labels=None)
+    whole = sct.posterior_mean(x_t, level, sct.references(data, 'all', index, slice(0, 16), x0, y, None))
     torch.testing.assert_close(whole.double(), exact_mean(x_t, level, common.normalise(data.images), allowed), rtol=0, atol=1e-4)
     monkeypatch.setattr(sct, 'CHUNK', 7 * 192)          # 7 images at a time
-    torch.testing.assert_close(sct.posterior_mean(x_t, level, data.images, allowed), whole, rtol=0, atol=1e-4)
+    pieces = list(sct.references(data, 'all', index, slice(0, 16), x0, y, None))
+    assert all(len(refs) <= 7 for refs, _ in pieces) and sum(len(refs) for refs, _ in pieces) == 500
+    torch.testing.assert_close(sct.posterior_mean(x_t, level, pieces), whole, rtol=0, atol=1e-4)
 
 
 def test_one_reference_is_ect_bit_for_bit():
@@ -103,10 +107,11 @@ def test_references_hold_x0_once_and_share_its_label(ref_size, labels):
     data, index, mine = fake_data(labels=labels), torch.tensor([3, 8, 15, 16, 22, 5, 6, 7]), slice(2, 6)
     x_all, y_all = data.at(index, torch.device('cpu'))
     draw = lambda n: torch.tensor([15, 16, 19, 23, 30])[:n]             # two of them are this process's own images
-    refs, allowed = sct.references(data, ref_size, index, mine, x_all, y_all, draw)
-    refs = common.normalise(refs) if refs.dtype == torch.uint8 else refs
-    allowed = torch.ones(4, len(refs), dtype=torch.bool) if allowed is None else allowed
-    assert len(refs) == {'batch': 8, 'all': 40, '6': 5 + 4}[ref_size]
+    pieces = [(common.normalise(refs) if refs.dtype == torch.uint8 else refs,
+               torch.ones(4, len(refs), dtype=torch.bool) if allowed is None else allowed)
+              for refs, allowed in sct.references(data, ref_size, index, mine, x_all, y_all, draw)]
+    refs, allowed = (torch.cat(parts, dim) for parts, dim in zip(zip(*pieces), (0, 1)))
+    assert len(refs) == {'batch': 8, 'all': 40 if not labels else 40 * len({int(i) % 4 for i in index[mine]}) // 4, '6': 5 + 4}[ref_size]
     for i, own in enumerate(index[mine]):
         mine_among = [j for j in range(len(refs)) if allowed[i, j] and torch.equal(refs[j], x_all[mine][i])]
         assert len(mine_among) == 1
@@ -157,6 +162,133 @@ def test_weights():
     close(sct.loss(toy, x, t, x, x, r, weighting='edm'), plain * (t ** 2 + 0.25) / (0.5 * t) ** 2)
     u = sct.f(toy, x, t) - x
     close(sct.denoising_loss(toy, x, t, x), (t ** 2 + 0.25) / (0.5 * t) ** 2 * u.square().mean((1, 2, 3)))
+
+
+# Schedule and phases
+
+def test_schedules():
+    shares = [0, 0.1, 0.125, 0.5, 0.99]
+    assert [sct.stage_at(share, 8, 'ect') for share in shares] == [0, 0, 1, 4, 7]
+    assert [sct.stage_at(share, 8, 'smooth') for share in shares] == [0, 0.8, 1, 4, 7.92]
+    t = torch.tensor([0.5])
+    smooth, steps = ([sct.lower_level(t, sct.stage_at(i / 800, 8, kind)).item() for i in range(800)] for kind in ('smooth', 'ect'))
+    assert smooth == sorted(smooth) and max(np.diff(smooth)) < 0.01 and len(set(steps)) < 9
+
+
+def test_phase_edges_and_floors():
+    assert sct.phase_edges(1) == [0, 80]
+    close(sct.phase_edges(4), [0, 80 * 0.25 ** 7, 80 * 0.5 ** 7, 80 * 0.75 ** 7, 80])
+    edges = torch.tensor(sct.phase_edges(3, [0.8, 10.0]))
+    t = torch.tensor([0.001, 0.5, 0.8, 0.81, 10.0, 10.5, 80.0, 200.0])
+    close(sct.phase_floor(t, edges), [0, 0, 0, 0.8, 0.8, 10, 10, 10])
+    assert (sct.phase_floor(t, edges) < t).all()
+
+
+def test_one_phase_is_the_plain_loss_bit_for_bit():
+    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.rand(8) * 5
+    x_t, r = x0 + t[:, None, None, None] * eps, sct.lower_level(t, 2)
+    plain = (sct.f(toy, x_t, t) - torch.where(r[:, None, None, None] > 0, sct.f(toy, x0 + r[:, None, None, None] * eps, r.clamp(min=1e-9)), x0))
+    expected = torch.linalg.vector_norm(plain.flatten(1), dim=1) * (1 / (t - r))
+    floor = sct.phase_floor(t, torch.tensor(sct.phase_edges(1)))
+    assert torch.equal(sct.loss(toy, x_t, t, x0, eps, r, s=floor), expected)
+
+
+def gaussian_phase_network(edges, deviation=1.0):
+    """F of the exact consistency function per phase for N(0, deviation²): at_level(f, x_t, t, s) ends at the flow's x_s."""
+    def net(x_in, c_noise, y=None):
+        t = (4 * c_noise).exp().double()[:, None, None, None]
+        s = sct.phase_floor(t.flatten() * (1 - 1e-6), edges.double())[:, None, None, None]
+        x = x_in.double() * (0.25 + t ** 2).sqrt()
+        x_s = x * ((deviation ** 2 + s ** 2) / (deviation ** 2 + t ** 2)).sqrt()
+        return (((x_s - s / t * x) / (1 - s / t) - 0.25 / (t ** 2 + 0.25) * x) / (0.5 * t / (t ** 2 + 0.25).sqrt()))
+    return net
+
+
+@pytest.mark.parametrize('phases', [1, 2, 4])
+def test_the_exact_function_per_phase_has_no_loss_in_the_limit(phases):
+    """Gaussian data, exact direction eps_hat = x t / (1 + t²): one Euler step from t to r errs by the square of the gap."""
+    edges = torch.tensor(sct.phase_edges(phases), dtype=torch.float64)
+    net = gaussian_phase_network(edges)
+    t = torch.logspace(-2, 1.9, 400, dtype=torch.float64)
+    x_t = torch.randn(400, 1, 1, 1, dtype=torch.float64) * (1 + t ** 2).sqrt()[:, None, None, None]
+    x0_hat = x_t / (1 + t ** 2)[:, None, None, None]
+    eps_hat = (x_t - x0_hat) / t[:, None, None, None]
+    s = sct.phase_floor(t, edges)
+    errors = []
+    for gap in (0.1, 0.01, 0.001):
+        r = (t * (1 - gap)).maximum(s)
+        errors.append((sct.loss(net, x_t, t, x0_hat, eps_hat, r, s=s) * (t - r)).max().item())
+    assert errors[0] < 0.1 and errors[1] < errors[0] / 50 and errors[2] < errors[1] / 50
+
+
+def test_phased_target_at_the_edge_is_the_point_itself():
+    """Two points of data: where r = s the teacher's network is not asked, and x_s = x_r = x0_hat + s eps_hat."""
+    refs = torch.tensor([-1.0, 1.0])[:, None, None, None]
+    t, s = torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0.0, 0.5, 0.5])
+    x_t = torch.tensor([0.3, 0.3, -2.0])[:, None, None, None]
+    x0_hat = sct.posterior_mean(x_t, t, [(refs, None)])
+    close(x0_hat.flatten(), torch.tanh(x_t.flatten() / t ** 2))                 # E[x0 | x_t] of two points
+    eps_hat = (x_t - x0_hat) / t[:, None, None, None]
+
+    def unasked(*inputs):
+        return torch.full_like(inputs[0], torch.nan)
+    value = sct.loss(toy, x_t, t, x0_hat, eps_hat, s, s=s, teacher=unasked)
+    student = sct.f(toy, x_t, t).flatten()
+    x_s = student + s * (x_t.flatten() - student) / t
+    close(value, (x_s - (x0_hat + s[:, None, None, None] * eps_hat).flatten()).abs() / (t - s))
+
+
+def model_of(net, **config):
+    """A stand-in for a loaded model: `net` on 1x1 images with the settings that sampling reads."""
+    model = torch.nn.Module()
+    model.weight, model.label_dim, model.forward = torch.nn.Parameter(torch.zeros(1)), 0, net
+    model.config = dict(precision='fp32', label_dim=0, phases=1, edges=None, eta=1.0, t_mid=0.821, in_channels=1, resolution=1) | config
+    return model
+
+
+@pytest.mark.parametrize('phases', [2, 3, 5])
+def test_phased_sampling_follows_the_exact_flow(phases):
+    """With the exact function per phase, M deterministic steps end where the flow ends: 80 z / sqrt(1 + 80²) for N(0, 1)."""
+    model = model_of(gaussian_phase_network(torch.tensor(sct.phase_edges(phases), dtype=torch.float64)), phases=phases)
+    z = common.randn((100, 1, 1, 1), 0, 0, 'sample')
+    end = (80 * z / (1 + 80 ** 2) ** 0.5).clamp(-1, 1)
+    torch.testing.assert_close(sct.sample(model, 100, phases), end, rtol=0, atol=2e-3)
+    asked = []
+    model.forward = lambda x, c, y=None: (asked.append((4 * c[0]).exp().item()), torch.zeros_like(x))[1]
+    sct.sample(model, 4, phases, eta=0.5)
+    close(asked, [80.0, *(0.5 * s for s in sct.phase_edges(phases)[-2:0:-1])])
+    with pytest.raises(common.UserError, match='phases'):
+        sct.sample(model, 4, phases + 1)
+
+
+def test_edge_skipping_spares_the_place_where_a_smooth_network_must_fail():
+    """A network with a Lipschitz bound cannot jump at an edge. Around the edge s its output ramps between the two phases' exact
+    functions, over +-10 % in t; so at t = s itself it is half wrong, and at eta s, eta < 1, less so (SCT Sec. 4.3).
+    """
+    edges = torch.tensor(sct.phase_edges(2), dtype=torch.float64)
+    exact, s = gaussian_phase_network(edges), sct.phase_edges(2)[1]
+    one_phase = gaussian_phase_network(torch.tensor([0.0, 80.0], dtype=torch.float64))
+
+    def ramp(x_in, c_noise, y=None):
+        t = (4 * c_noise).exp()[:, None, None, None]
+        share = ((t / s - 0.9) / 0.2).clamp(0, 1)                               # 0 below the edge, 1 above it
+        above = exact(x_in, torch.maximum(c_noise, torch.tensor(math.log(1.1 * s) / 4)))
+        return torch.where(t > 1.1 * s, exact(x_in, c_noise), (1 - share) * one_phase(x_in, c_noise) + share * above)
+    model = model_of(ramp, phases=2)
+    end = (80 * common.randn((500, 1, 1, 1), 0, 0, 'sample') / (1 + 80 ** 2) ** 0.5).clamp(-1, 1)
+    error = {eta: (sct.sample(model, 500, 2, eta=eta) - end).square().mean().sqrt().item() for eta in (1.0, 0.95, 0.9)}
+    assert error[0.9] < error[0.95] < error[1.0] and error[0.9] < error[1.0] / 2
+
+
+def test_guidance():
+    good, bad = model_of(lambda x, c, y=None: x * 0.1), model_of(lambda x, c, y=None: x * 0.3)
+    plain = sct.sample(good, 20)
+    assert torch.equal(sct.sample(good, 20, guide=bad, guidance=1.0), plain)
+    assert torch.equal(sct.sample(good, 20, guide=bad, guidance=0.0), sct.sample(bad, 20))
+    pushed = sct.sample(good, 20, guide=bad, guidance=1.5)
+    close(pushed, (plain + 0.5 * (plain - sct.sample(bad, 20))).clamp(-1, 1))
+    away = (pushed - sct.sample(bad, 20)).abs()
+    assert (away >= (plain - sct.sample(bad, 20)).abs() - 1e-6).all() and away.sum() > (plain - sct.sample(bad, 20)).abs().sum()
 
 
 # Oracles
@@ -236,7 +368,8 @@ def few_shapes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('flags', [[], ['--no-cond'], ['--ref-size', 'all'], ['--ref-size', '5'], ['--ref-size', '1'],
-                                   ['--pretrain-steps', '2'], ['--precision', 'bf16'], ['--dropout', '0.2']])
+                                   ['--pretrain-steps', '2'], ['--precision', 'bf16'], ['--dropout', '0.2'],
+                                   ['--schedule', 'ect', '--stages', '3'], ['--phases', '3', '--eta', '0.9']])
 def test_a_run_writes_its_folder(flags):
     assert run(*TINY, '--sample-every', 2, '--eval-every', 4, '--fid-num', 10, *flags) == 0
     out = Path('runs/sct-shapes')
@@ -244,13 +377,14 @@ def test_a_run_writes_its_folder(flags):
     assert sorted(p.name for p in (out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
     steps = [line for line in lines(out) if 'loss' in line]
     assert [line['step'] for line in steps] == [1, 2, 3, 4] and all(math.isfinite(line['loss']) for line in steps)
-    assert 'pixel-FD (10 images against the 200 training images), 1 step' in lines(out)[-1]
+    assert any(name.startswith('pixel-FD (10 images against the 200 training images), ') for name in lines(out)[-1])
     state = torch.load(out / 'final.pt', weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values()) and 'enc.16x16_conv.weight' in state
 
 
 def test_same_seed_same_run_and_resumed_run_bit_for_bit():
     flags = [*TINY, '--dropout', '0.3', '--steps', '6', '--pretrain-steps', '2', '--save-every', '3']
+    flags = [*flags, '--phases', '2']
     assert run(*flags, '--out', 'a') == run(*flags, '--out', 'b') == 0
     weights = [torch.load(f'{out}/final.pt', weights_only=True) for out in 'ab']
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -323,6 +457,17 @@ def test_evaluation_prints_what_it_measured(capsys):
     assert 'pixel-FD (50 images against the 200 training images), 1 step: ' in out and '2 steps: ' in out
 
 
+def test_an_earlier_self_is_kept_and_guides(capsys):
+    assert run(*TINY, '--keep-ema', '0.25,0.5') == 0
+    out = Path('runs/sct-shapes')
+    assert {p.name for p in out.glob('ema-*')} == {'ema-1.pt', 'ema-2.pt'}
+    for w, name in [(1, 'one'), (2, 'two')]:
+        assert run('--sample', out, '--guide', out / 'ema-1.pt', '--guidance', w, '--out', name) == 0
+    assert run('--sample', out, '--out', 'plain') == 0
+    plain, one, two = ((Path(name) / 'sample-1-step.png').read_bytes() for name in ('plain', 'one', 'two'))
+    assert plain == one != two
+
+
 def test_wrong_flags(refused, tmp_path, monkeypatch):
     assert run(*TINY) == 0
     refused(sct, '--dataset nothing', '--dataset nothing', 'shapes')
@@ -330,6 +475,10 @@ def test_wrong_flags(refused, tmp_path, monkeypatch):
     refused(sct, '--resume --out nowhere', 'nowhere holds no run')
     refused(sct, '--resume --width 16', '--width is 16', 'made with 8')
     refused(sct, '--resume --seed 5', '--seed is 5')
+    refused(sct, '--phases 2 --edges 3,4', '--edges')
+    refused(sct, '--phases 3 --edges 4,3', '--edges')
+    refused(sct, '--eta 1.5', '--eta')
+    refused(sct, '--sample runs/sct-shapes --guide nowhere.pt', 'nowhere.pt')
     refused(sct, '--ref-size some', '--ref-size')
     refused(sct, '--ref-size 0', '--ref-size')
     refused(sct, '--steps 0', '--steps')
