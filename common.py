@@ -148,6 +148,7 @@ def parse_args(script, doc, presets, add_flags, argv):
     add('--data-dir', default='data', metavar='PATH', help='where data sets lie or go; for `folder`, the folder or zip of images')
     add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped to squares and resized')
     add = parser.add_argument_group('network').add_argument
+    add('--arch', choices=['songunet', 'edm2'], default='songunet', help='DDPM++ or the magnitude-preserving network of EDM2')
     add('--width', type=number(int, 8), metavar='N', help='channels at multiplier 1')
     add('--mults', type=number(int, 1, many=True), metavar='N,N', help='width of each resolution, finest first')
     add('--blocks', type=number(int, 1), metavar='N', help='residual blocks per resolution')
@@ -158,9 +159,12 @@ def parse_args(script, doc, presets, add_flags, argv):
     add('--batch', type=number(int, 1), metavar='N', help='images per step, over all processes')
     add('--microbatch', type=number(int, 1), metavar='N', help='images at a time in each process, to save memory')
     add('--steps', type=number(int, 1), metavar='N', help='training steps, those of --pretrain-steps among them')
+    add('--init', metavar='CKPT', help="weights to start from: a file or URL, ours or EDM's, EDM2's, ECT's; none: random")
     add('--pretrain-steps', type=number(int, 0), metavar='N', help='first train this long as a diffusion model')
     add('--lr', type=number(float, 0), metavar='X', help='learning rate')
+    add('--lr-decay', type=number(int, 1), metavar='N', help='after N steps it falls with the inverse square root of the step')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
+    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width instead')
     add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help="arithmetic of the network's layers")
     add('--compile', action='store_true', help='torch.compile the network')
     add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
@@ -650,6 +654,20 @@ def finish_gradients(params, precision):
     for grad in grads:
         torch.nan_to_num_(grad, nan=0.0, posinf=0.0, neginf=0.0)
     return norm
+
+
+def learning_rate(optimizer, step, lr, decay_steps=None):
+    """Sets the rate for a step, counted from 0: lr, or lr / sqrt(max(step / decay_steps, 1)) (EDM2 Eq. 67)."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr / math.sqrt(max(step / decay_steps, 1)) if decay_steps else lr
+
+
+def ema_decay(step, decay, std=None):
+    """`decay`, or with a relative width `std` the power-function EMA's (1 - 1/step)^(gamma + 1) (EDM2 Eq. 123-127); steps from 1."""
+    if std is None:
+        return decay
+    gamma = np.roots([1, 7, 16 - std ** -2, 12 - std ** -2]).real.max()
+    return (1 - 1 / step) ** (gamma + 1)
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ from unet import SongUNet
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
 ECT = dict(                     # ECT's settings for CIFAR-10 (its Table 6), which SCT keeps
+    arch='songunet', checkpoint=None, lr_decay=None, ema_std=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
     stages=8, schedule='smooth',    # q^-1 ... q^-8: the gap is divided by q so many times over the run
@@ -339,10 +340,12 @@ def train(args):
 
         # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
+        done = step if pretraining else step - args.pretrain_steps
+        common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock('optimiser')
-        common.update_ema(ema, net, args.ema)
+        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if step + 1 in kept:                                                    # a worse self, for --guide

@@ -258,6 +258,27 @@ def test_ema():
     torch.testing.assert_close(ema.weight.detach(), expected)
 
 
+def test_power_function_ema():
+    """The widths and exponents of EDM2: std 0.05 and 0.10 are gamma 16.97 and 6.94."""
+    for std, gamma in [(0.05, 16.97), (0.10, 6.94)]:
+        assert abs(np.log(common.ema_decay(1000, None, std)) / np.log(1 - 1 / 1000) - 1 - gamma) < 0.005
+    assert common.ema_decay(1, None, 0.1) == 0 and common.ema_decay(7, 0.5) == 0.5
+    steps, weights = np.arange(1, 20_001), np.zeros(20_000)                       # what the average is made of, at its end
+    for step in steps:
+        decay = common.ema_decay(step, None, 0.1)
+        weights[:step - 1] *= decay
+        weights[step - 1] = 1 - decay
+    mean = (weights * steps).sum()
+    assert abs(((weights * (steps - mean) ** 2).sum() ** 0.5) / 20_000 - 0.1) < 0.001
+
+
+def test_learning_rate():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=9.0)
+    rate = lambda *a: (common.learning_rate(optimizer, *a), optimizer.param_groups[0]['lr'])[1]
+    assert rate(10, 0.5) == 0.5 and rate(2000, 1e-3, 2000) == 1e-3
+    assert rate(8000, 1e-3, 2000) == pytest.approx(5e-4)
+
+
 def test_finish_gradients():
     p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
     p[0].grad, p[1].grad = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.0, 12.0])
