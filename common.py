@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import http.client
 import inspect
 import io
 import json
@@ -202,8 +203,12 @@ def parse_args(script, doc, presets, add_flags, argv):
     for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if peek.sample or peek.evaluate else set())):
         if hasattr(args, key) and getattr(args, key) != settings[key]:
             raise UserError(f'--{key.replace("_", "-")} is {getattr(args, key)}, but the run was made with {settings[key]}')
-    if args.pretrain_steps >= args.steps:
-        raise UserError(f'--pretrain-steps {args.pretrain_steps} leaves nothing of --steps {args.steps}')
+    preset = presets[dataset]
+    if args.init is None:               # the published start is for the published network
+        same = all(getattr(args, name) == preset.get(name) for name in ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution'))
+        args.init = (preset.get('checkpoint') if same and not args.pretrain_steps else None) or 'none'
+    if args.pretrain_steps > args.steps:
+        raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
     return args
 
 
@@ -425,10 +430,8 @@ def load_data(args):
 
 
 def fit_to_data(args, data):
-    """Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses a network that cannot take them."""
+    """Sets args.resolution, args.in_channels and args.label_dim to the data's."""
     args.resolution, args.in_channels, args.label_dim = data.images.shape[-1], data.images.shape[1], data.classes
-    if args.resolution % 2 ** (len(args.mults) - 1):
-        raise UserError(f'--mults has {len(args.mults)} resolutions, but {args.resolution} cannot be halved {len(args.mults) - 1} times')
 
 
 def _turned(points, angle):
@@ -587,7 +590,7 @@ def image_folder(root, resolution=None):
 
 
 def download(url, path, algorithm, digest):
-    """Fetches `url` to `path` unless it is there, and checks that the file's hash begins with `digest` (hex) either way."""
+    """Fetches `url` to `path` unless it is there; either way the file's hash must begin with `digest` (hex; None: unknown)."""
     if not path.exists():
         part = path.with_name(f'{path.name}.{os.getpid()}.part')
         try:
@@ -598,9 +601,11 @@ def download(url, path, algorithm, digest):
                 with open(part, 'wb') as target:
                     for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
                         target.write(block)
+            if size and part.stat().st_size != size:        # the connection's end looks like the file's
+                raise OSError(f'only {part.stat().st_size:,} of {size:,} bytes came')
             check_hash(part, algorithm, digest, f'what came from {url}')
             os.replace(part, path)
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f'{path} is not there and could not be downloaded from {url}: {error}')
         finally:
             part.unlink(missing_ok=True)
@@ -609,7 +614,9 @@ def download(url, path, algorithm, digest):
 
 
 def check_hash(path, algorithm, digest, what):
-    """Raises UserError unless the hash of the file at `path` begins with `digest`."""
+    """Raises UserError unless the hash of the file at `path` begins with `digest`; None passes any."""
+    if digest is None:
+        return
     with open(path, 'rb') as file:
         found = hashlib.file_digest(file, algorithm).hexdigest()
     if not found.startswith(digest):

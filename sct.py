@@ -42,31 +42,39 @@ import torch
 
 import common
 import fid
-from unet import SongUNet
+from unet import EDM2_WIDTHS, EDM2UNet, SongUNet, load_pretrained, load_weights
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
 ECT = dict(                     # ECT's settings for CIFAR-10 (its Table 6), which SCT keeps
-    arch='songunet', checkpoint=None, lr_decay=None, ema_std=None,
+    arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
     stages=8, schedule='smooth',    # q^-1 ... q^-8: the gap is divided by q so many times over the run
     phases=1, edges=None, eta=1.0, guidance=1.0, keep_ema=None,
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
     t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='RAdam', ref_size='batch', pretrain_steps=0, cond=False, fid_features='inception', fid_num=50_000)
+    optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False, fid_features='inception', fid_num=50_000)
+EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl'
+EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-{}-1073741-0.075.pkl'
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
-        resolution=16, width=32, mults=[1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
-        batch=64, steps=3000, pretrain_steps=1000, optimizer='Adam', lr=1e-3, ema=0.995, ref_size='all',
-        save_every=500, sample_every=500, eval_every=3000, fid_features='pixels', fid_num=2000),
+        resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
+        batch=32, steps=1500, pretrain_steps=600, stages=4, optimizer='Adam', lr=1e-3, ema=0.998, ref_size='all',
+        save_every=500, sample_every=300, eval_every=1500, fid_features='pixels', fid_num=2000),
     'cifar10': ECT | dict(      # DDPM++; ECT Table 6, SCT Sec. 5
-        resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
-        batch=128, steps=400_000, lr=1e-4, ema=0.9999, save_every=5000, sample_every=5000),
-    'folder': ECT | dict(       # your images: the settings of CIFAR-10, one more level at 64x64
+        resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=EDM_URL,
+        batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000),
+    'folder': ECT | dict(       # your pictures, with the settings of CIFAR-10
         width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
-        batch=128, steps=400_000, lr=1e-4, ema=0.9999, save_every=5000, sample_every=5000),
+        batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000),
 }
+for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT Table 6, ImageNet 64x64
+    PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
+        arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3, attn_resolutions=[16, 8],
+        dropout=dropout, dropout_res=16, checkpoint=EDM2_URL.format(size.lower()), P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06,
+        weighting='edm', t_mid=1.526, optimizer='Adam', betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10,
+        batch=128, steps=100_000, save_every=5000, sample_every=5000)
 
 
 # 2. Noise levels
@@ -105,8 +113,13 @@ def phase_floor(t, edges):
 
 def make_network(args):
     """The network F of random weights that the settings describe."""
-    return SongUNet(args.resolution, args.in_channels, args.in_channels, label_dim=args.label_dim, model_channels=args.width,
-                    channel_mult=args.mults, num_blocks=args.blocks, attn_resolutions=args.attn_resolutions, dropout=args.dropout)
+    config = dict(img_resolution=args.resolution, in_channels=args.in_channels, out_channels=args.in_channels,
+                  label_dim=args.label_dim, model_channels=args.width, channel_mult=args.mults, num_blocks=args.blocks,
+                  attn_resolutions=args.attn_resolutions, dropout=args.dropout)
+    try:
+        return EDM2UNet(**config, dropout_res=args.dropout_res) if args.arch == 'edm2' else SongUNet(**config)
+    except ValueError as error:                                 # widths and resolutions that do not go together
+        raise common.UserError(f'--arch {args.arch}: {error}')
 
 
 def f(net, x, t, y=None, m=0.0):
@@ -261,9 +274,10 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
 def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     state = common.load_checkpoint(path)
-    model = make_network(common.argparse.Namespace(**state['config']))
+    config = ECT | state['config']
+    model = make_network(common.argparse.Namespace(**config))
     common.restore(model, state['ema'], path)
-    model.config = state['config']
+    model.config = config
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -276,10 +290,15 @@ def train(args):
     common.fit_to_data(args, data)                                              # sets resolution, in_channels, label_dim
 
     torch.manual_seed(args.seed)
-    net = make_network(args).to(device, memory_format=torch.channels_last)      # channels last: convolutions run faster
+    net = make_network(args)
+    if args.init != 'none' and not args.resume:
+        with common.one_first():
+            load_weights(net, load_pretrained(args.init, args.data_dir)[0], args.init)
+    net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    make_optimizer = lambda: getattr(torch.optim, args.optimizer)(net.parameters(), lr=args.lr, foreach=True)   # foreach: few fused updates
+    make_optimizer = lambda: getattr(torch.optim, args.optimizer)(      # foreach: a few fused updates for all parameters
+        net.parameters(), lr=args.lr, betas=tuple(args.betas), foreach=True)
     optimizer, start = make_optimizer(), 0
     state = common.open_run(args)
     if state:
@@ -321,7 +340,7 @@ def train(args):
         clock('reference mean')
 
         # Loss and gradient.
-        share = (step - args.pretrain_steps) / (args.steps - args.pretrain_steps)
+        share = (step - args.pretrain_steps) / max(args.steps - args.pretrain_steps, 1)
         s = phase_floor(t, edges)
         r = lower_level(t, stage_at(share, args.stages, args.schedule), args.q, args.k, args.b).maximum(s)
         total = torch.zeros((), device=device)

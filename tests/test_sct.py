@@ -468,6 +468,45 @@ def test_an_earlier_self_is_kept_and_guides(capsys):
     assert plain == one != two
 
 
+def settings(capsys, *flags):
+    assert run(*flags, '--dry-run') == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_where_training_starts(capsys, refused, tmp_path):
+    """The published checkpoint for the published network, random weights for any other, and whatever --init names."""
+    assert settings(capsys, '--dataset', 'cifar10')['init'] == sct.EDM_URL
+    assert 'edm2-img64-s' in settings(capsys, '--dataset', 'imagenet64')['init']
+    for flags in (['--width', 16], ['--cond'], ['--pretrain-steps', 10], ['--init', 'none']):
+        assert settings(capsys, '--dataset', 'cifar10', *flags)['init'] == 'none'
+    assert settings(capsys)['init'] == 'none'
+
+    assert run(*TINY) == 0                                                      # step 0 is the checkpoint's own network
+    start = torch.load('runs/sct-shapes/final.pt', weights_only=True)
+    assert run(*TINY, '--lr', 0, '--init', 'runs/sct-shapes/final.pt', '--out', 'again') == 0
+    again = torch.load('again/final.pt', weights_only=True)
+    assert start.keys() == again.keys() and all(torch.equal(start[name], again[name]) for name in start)
+    refused(sct, [*TINY, '--width', 16, '--init', 'runs/sct-shapes/final.pt', '--out', 'x'], 'final.pt does not fit', '[16, ', '[8, ')
+    refused(sct, [*TINY, '--init', 'http://127.0.0.1:9/net.pkl', '--out', 'x'], '127.0.0.1:9/net.pkl', '--init', '--pretrain-steps')
+    assert not Path('x').exists()
+
+
+def test_a_run_of_diffusion_alone():
+    assert run(*TINY, '--pretrain-steps', 4) == 0 and Path('runs/sct-shapes/final.pt').exists()
+
+
+@pytest.mark.parametrize('size, width', [('', 192), ('-m', 256), ('-l', 320), ('-xl', 384)])
+def test_imagenet64_presets(capsys, size, width):
+    values = settings(capsys, '--dataset', f'imagenet64{size}')
+    assert (values['arch'], values['width'], values['cond'], values['q'], values['c'], values['ema_std']) == ('edm2', width, True, 4, 0.06, 0.1)
+
+
+def test_edm2_trains_and_samples():
+    assert run(*TINY, '--arch', 'edm2', '--width', 64, '--mults', '1,1', '--dropout', 0.1, '--ema-std', 0.1, '--lr-decay', 2) == 0
+    images = sct.sample(sct.load('runs/sct-shapes'), 4, nfe=2)
+    assert images.shape == (4, 3, 16, 16) and images.isfinite().all()
+
+
 def test_wrong_flags(refused, tmp_path, monkeypatch):
     assert run(*TINY) == 0
     refused(sct, '--dataset nothing', '--dataset nothing', 'shapes')
@@ -484,14 +523,15 @@ def test_wrong_flags(refused, tmp_path, monkeypatch):
     refused(sct, '--steps 0', '--steps')
     refused(sct, '--lr nan', '--lr')
     refused(sct, '--stepz 3', '--stepz')
-    refused(sct, '--pretrain-steps 9 --steps 9 --out x', '--pretrain-steps 9')
+    refused(sct, '--pretrain-steps 10 --steps 9 --out x', '--pretrain-steps 10')
     refused(sct, '--batch 9 --gpus 2 --device cpu --out x', '--batch 9', '2 processes')
     refused(sct, '--dataset cifar10 --data-dir nowhere/at/all --resolution 16 --out x', 'nowhere')
     refused(sct, '--sample nowhere', 'nowhere')
     refused(sct, '--sample runs/sct-shapes --labels 10', '--labels', '10 classes')
     refused(sct, ['--sample', __file__], 'test_sct.py', 'cannot be read')
     refused(sct, '--evaluate runs/sct-shapes --fid-ref nowhere.npz', 'nowhere.npz')
-    refused(sct, '--mults 1,2,2,2,2,2 --out x', '--mults')
+    refused(sct, '--mults 1,2,2,2,2,2 --out x', 'cannot be halved')
+    refused(sct, '--arch edm2 --width 40 --out x', 'channels_per_head')
     Path('file').write_text('')
     refused(sct, [*TINY, '--out', 'file'], 'file is a file')
     if not torch.cuda.is_available():

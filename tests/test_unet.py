@@ -1,5 +1,8 @@
-"""unet.py against outputs and gradients of the published networks (`songunet_*.npz`: NVlabs/edm's SongUNet)."""
+"""unet.py against outputs and gradients of the published networks (`songunet_*.npz`: NVlabs/edm's SongUNet;
+`edm2_unet_cond.npz`: EDM2's U-Net as Sony's code has it)."""
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -7,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from unet import SongUNet
+from common import UserError
+from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
 
 DATA = Path(__file__).parent / 'data'
 
@@ -17,18 +21,19 @@ def named_weights(net):
     for name, p in net.state_dict().items():
         if 'resample_filter' in name:
             continue
-        r = np.random.RandomState(zlib.crc32(name.encode())).randn(*p.shape).astype(np.float32)
+        r = np.asarray(np.random.RandomState(zlib.crc32(name.encode())).randn(*p.shape), np.float32)
         scale = 1 / np.sqrt(p[0].numel()) if p.ndim >= 2 else 0.1 if 'norm' in name and name.endswith('weight') else 0.2
         shift = 1 if p.ndim < 2 and 'norm' in name and name.endswith('weight') else 0
         p.copy_(torch.from_numpy(np.asarray(shift + scale * r, dtype=np.float32)))
     return net
 
 
-@pytest.mark.parametrize('name', ['songunet_ddpmpp', 'songunet_ncsnpp_cond'])
+@pytest.mark.parametrize('name, network', [('songunet_ddpmpp', SongUNet), ('songunet_ncsnpp_cond', SongUNet),
+                                           ('edm2_unet_cond', EDM2UNet)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_published_numbers(name, memory_format):
+def test_published_numbers(name, network, memory_format):
     golden = np.load(DATA / f'{name}.npz')
-    net = SongUNet(**json.loads(str(golden['config'])))
+    net = network(**json.loads(str(golden['config'])))
     shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
     assert shapes == json.loads(str(golden['state_dict']))
 
@@ -86,8 +91,157 @@ def test_wrong_settings_are_named(bad):
         SongUNet(**config)
 
 
-@pytest.mark.parametrize('augment_dim, size', [(9, 55_733_891), (0, 55_732_739)])     # published with, trained here without
-def test_cifar10_network_has_the_published_size(augment_dim, size):
+def size(network, *args, **kwargs):
     with torch.device('meta'):
-        net = SongUNet(32, 3, 3, augment_dim=augment_dim, channel_mult=[2, 2, 2])
-    assert sum(p.numel() for p in net.parameters()) == size
+        return sum(p.numel() for p in network(*args, **kwargs).parameters())
+
+
+def test_networks_have_the_published_sizes():
+    assert size(SongUNet, 32, 3, 3, augment_dim=9, channel_mult=[2, 2, 2]) == 55_733_891       # EDM's CIFAR-10 network,
+    assert size(SongUNet, 32, 3, 3, channel_mult=[2, 2, 2]) == 55_732_739                      # trained here without
+    # GC's CIFAR-10 network. The 35.8 M that belong to its settings come with attention at 16, EDM's default.
+    assert size(SongUNet, 32, 3, 3, channel_mult=[1, 2, 2], num_blocks=3) == 35_766_531
+    assert size(SongUNet, 32, 3, 3, channel_mult=[1, 2, 2], num_blocks=3, attn_resolutions=[]) == 34_711_811
+    sizes = {name: size(EDM2UNet, 64, 3, 3, label_dim=1000, model_channels=width) for name, width in EDM2_WIDTHS.items()}
+    assert sizes == {'S': 280_209_253, 'M': 497_803_045, 'L': 777_492_197, 'XL': 1_119_276_709}      # EDM2 Table 2
+
+
+# EDM2
+
+TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+            attn_resolutions=[4], channels_per_head=16)
+
+
+def inputs(n=2):
+    random = torch.Generator().manual_seed(5)
+    return torch.randn(n, 3, 8, 8, generator=random), torch.randn(n, generator=random), torch.eye(4)[:n]
+
+
+def test_pieces_keep_magnitude():
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 32, 16, 16), torch.randn(64, 8, 16, 16)
+    rms = lambda v, **kwargs: v.square().mean(**kwargs).sqrt()
+    torch.testing.assert_close(rms(normalize(7 * x, dim=1), dim=1), torch.ones(64, 16, 16), rtol=1e-3, atol=0)
+    for value in [mp_silu(x), mp_sum(x, torch.randn_like(x), 0.3), mp_cat(x, y), MPConv(32, 16, 3)(x)[..., 1:-1, 1:-1],
+                  MPConv(32, 16)(x[:, :, 0, 0])]:
+        assert abs(rms(value).item() - 1) < 0.05
+    both = mp_cat(x, y)         # a quarter as many channels, but as much of the result
+    assert abs(both[:, :32].square().sum() / both[:, 32:].square().sum() - 1) < 0.02
+    assert normalize(torch.full((1, 4), 300.0, dtype=torch.float16), dim=1).tolist() == [[1.0] * 4]     # 4 * 300² is beyond fp16
+
+
+def test_weights_are_normalised_in_place_only_for_the_student():
+    torch.manual_seed(0)
+    net = EDM2UNet(**TINY)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3) if p.ndim else p.fill_(0.5)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    unchanged = lambda: all(torch.equal(before[name], p) for name, p in net.state_dict().items())
+
+    net.eval()(*inputs())
+    assert unchanged()
+    with torch.no_grad():
+        teacher = net.train()(*inputs())
+    assert unchanged()
+    student = net(*inputs())
+    assert (student - teacher).abs().max() < 0.01 * teacher.abs().max()         # the same function, to normalize's eps
+    for name, p in net.named_parameters():
+        if p.ndim:
+            rms = p.square().flatten(1).mean(1).sqrt()
+            torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
+            assert not torch.equal(before[name], p)
+        else:
+            assert torch.equal(before[name], p)
+    student.square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+        if p.ndim:                                                      # scaling a weight changes nothing
+            along = (p.grad * p).flatten(1).sum(1).abs() / p.grad.flatten(1).norm(dim=1) / p.flatten(1).norm(dim=1)
+            assert along.max() < 1e-2, name
+
+
+def test_training_starts_from_zero_and_no_class_is_no_label():
+    net = EDM2UNet(**TINY).eval()
+    x, t, y = inputs()
+    assert net(x, t, y).abs().max() == 0
+    named_weights(net)
+    torch.testing.assert_close(net(x, t), net(x, t, torch.zeros(2, 4)))
+    assert (net(x, t) - net(x, t, y)).abs().max() > 1e-4
+    assert (net.img_resolution, net.in_channels, net.label_dim) == (8, 3, 4)
+    assert EDM2UNet(**TINY | dict(label_dim=0))(x, t).shape == x.shape
+
+
+def test_where_edm2_has_dropout_and_attention():
+    net = EDM2UNet(**TINY | dict(dropout=0.5, dropout_res=4, channels_per_head=8))
+    blocks = {name: block for part in (net.enc, net.dec) for name, block in part.items() if hasattr(block, 'dropout')}
+    assert {name for name, block in blocks.items() if block.dropout} == {name for name in blocks if name.startswith('4x4')}
+    assert {block.dropout for block in blocks.values()} == {0.0, 0.5}
+    for name, part in [('4x4_block0', net.enc), ('4x4_in0', net.dec), ('4x4_block0', net.dec), ('4x4_block1', net.dec)]:
+        assert part[name].heads == 4
+    assert sum(block.heads > 0 for block in [*net.enc.values(), *net.dec.values()] if hasattr(block, 'heads')) == 4
+    net = EDM2UNet(**TINY | dict(dropout=0.5))
+    assert all(block.dropout == 0.5 for part in (net.enc, net.dec) for block in part.values() if hasattr(block, 'dropout'))
+
+    named_weights(net)
+    outs = []
+    for seed in [1, 1, 2]:
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(not outs):                          # student, teacher, other mask
+            outs.append(net(*inputs()).detach())
+    torch.testing.assert_close(outs[0], outs[1])
+    assert (outs[0] - outs[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_edm2_in_low_precision(dtype):
+    net = named_weights(EDM2UNet(**TINY)).train()
+    wanted = net(*inputs()).detach()
+    with torch.autocast('cpu', dtype):
+        out = net(*inputs())
+    assert (out.float() - wanted).abs().max() < 0.02 * wanted.abs().max() * (8 if dtype == torch.bfloat16 else 1)
+    out.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize('bad, word', [(dict(channels_per_head=24), 'channels_per_head'), (dict(img_resolution=9), 'img_resolution')])
+def test_wrong_edm2_settings_are_named(bad, word):
+    with pytest.raises(ValueError, match=word):
+        EDM2UNet(**TINY | bad)
+
+
+# Loading
+
+def mismatch(net, state, *words):
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_weights(net, state, 'some.pkl')
+    text = str(error.value)
+    assert text.startswith('some.pkl') and '\n' not in text and len(text) < 500 and all(word in text for word in words), text
+    assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())     # nothing was half loaded
+
+
+def test_load_weights_names_what_does_not_fit():
+    config = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
+    net, given = SongUNet(**config), named_weights(SongUNet(**config)).state_dict()
+    name = 'enc.8x8_conv.weight'
+    mismatch(net, {k: p for k, p in given.items() if k != name}, f'{name} is missing there, [8, 3, 3, 3] here')
+    mismatch(net, given | {name: torch.ones(8, 1, 3, 3)}, f'{name} is [8, 1, 3, 3] there, [8, 3, 3, 3] here')
+    mismatch(net, given | {'other.bias': torch.ones(2), 'logvar': torch.ones(1)}, 'other.bias is [2] there, missing here')
+    mismatch(net, {f'module.{k}': p for k, p in given.items()}, 'is missing there', 'more')                    # wrong prefix
+    mismatch(SongUNet(**config | dict(augment_dim=9)), given, 'map_augment.weight is missing there, [8, 9] here')
+    mismatch(SongUNet(**config | dict(augment_dim=9)), given | {'map_augment.weight': torch.ones(8, 8)}, '[8, 8] there')
+    mismatch(EDM2UNet(**TINY), given, 'more')
+
+    load_weights(net, given | {'map_augment.weight': torch.ones(8, 9), 'logvar_linear.weight': torch.ones(1, 4)}, 'some.pkl')
+    assert all(torch.equal(given[name], p) for name, p in net.state_dict().items())
+    assert net.enc['8x8_conv'].weight.requires_grad
+    load_weights(net.double(), {name: p.half() for name, p in given.items()}, 'some.pkl')
+    assert net.enc['8x8_conv'].weight.dtype == torch.float64
+
+
+def test_networks_need_nothing_but_torch(tmp_path):
+    (tmp_path / 'unet.py').write_bytes((Path(__file__).parent.parent / 'unet.py').read_bytes())
+    code = ('import sys, unet; net = unet.EDM2UNet(8, 1, 1, model_channels=64, channel_mult=[1]); unet.SongUNet(8, 1, 1);'
+            'assert not {"common", "unpickle", "PIL"} & sys.modules.keys()')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=120)
