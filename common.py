@@ -390,16 +390,14 @@ class Data(NamedTuple):
     home: Path
 
     def to(self, device):
-        """On `device` if it fills at most half of the memory free there; batches move there either way."""
-        if device.type == 'cuda' and self.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-            return self._replace(images=self.images.to(device), labels=None if self.labels is None else self.labels.to(device))
-        return self
+        """Images on `device` if they fill at most half of the memory free there; batches move there either way."""
+        fits = device.type == 'cuda' and self.images.numel() < torch.cuda.mem_get_info(device)[0] // 2
+        return self._replace(images=self.images.to(device)) if fits else self
 
     def at(self, index, device):
         """Images in [-1, 1] (B, C, H, W) and labels (B,) or None of `index` (B,), on `device`."""
-        index = index.to(self.images.device, non_blocking=True)
-        labels = None if self.labels is None else self.labels[index].to(device, non_blocking=True)
-        return normalise(self.images[index].to(device, non_blocking=True)), labels
+        images = self.images[index.to(self.images.device, non_blocking=True)].to(device, non_blocking=True)
+        return normalise(images), None if self.labels is None else self.labels[index].to(device, non_blocking=True)
 
 
 def normalise(images):
@@ -670,7 +668,7 @@ def learning_rate(optimizer, step, lr, decay_steps=None):
 
 
 def ema_decay(step, decay, std=None):
-    """`decay`, or with a relative width `std` the power-function EMA's (1 - 1/step)^(gamma + 1) (EDM2 Eq. 123-127); steps from 1."""
+    """`decay`, or with a relative width `std` the power-function EMA's (1 - 1/step)^(gamma + 1) (EDM2 App. C); steps from 1."""
     if std is None:
         return decay
     gamma = np.roots([1, 7, 16 - std ** -2, 12 - std ** -2]).real.max()
@@ -727,26 +725,27 @@ def check_out(args):
         raise UserError(f'--out {out} is a file')
 
 
-def open_run(args):
-    """Makes the run's folder with config.json; with --resume -> its checkpoint, else None."""
-    out, state = Path(args.out), None
-    if args.benchmark:
-        return None
+def open_run(args, **parts):
+    """Makes the run's folder with config.json. With --resume, brings back the state of `parts` instead. -> steps done"""
+    out, step = Path(args.out), 0
     if args.resume:
         state = load_checkpoint(out)
         if 'optimizer' not in state:
             raise UserError(f'{out} holds weights only, no checkpoint.pt to go on from')
-    elif rank() == 0:
+        for name, part in parts.items():
+            restore(part, state[name], out)
+        step = state['step']
+    elif rank() == 0 and not args.benchmark:
         try:
             (out / 'samples').mkdir(parents=True, exist_ok=True)
+            for old in [*out.glob('*.pt'), *out.glob('samples/*.png'), out / 'metrics.jsonl'] if args.overwrite else []:
+                old.unlink(missing_ok=True)
+            write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
         except OSError as error:
             raise UserError(f'--out {out}: {error}')
-        for name in ('checkpoint.pt', 'final.pt', 'metrics.jsonl'):
-            (out / name).unlink(missing_ok=True)
-        write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
     if dist.is_initialized():
         dist.barrier()
-    return state
+    return step
 
 
 def write_atomic(path, write):
@@ -763,10 +762,10 @@ def write_atomic(path, write):
         raise
 
 
-def save_checkpoint(args, step, net, ema, optimizer):
-    """Everything that --resume needs, from the first process: step, weights, EMA, optimiser, settings."""
+def save_checkpoint(args, step, **parts):
+    """Everything that --resume needs, from the first process: step, settings, and the state of `parts`."""
     if rank() == 0:
-        state = dict(step=step, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), config=config_of(args))
+        state = dict({name: part.state_dict() for name, part in parts.items()}, step=step, config=config_of(args))
         write_atomic(Path(args.out) / 'checkpoint.pt', lambda file: torch.save(state, file))
 
 
@@ -803,6 +802,13 @@ def restore(module, state, path):
         raise UserError(f'{path} does not fit this network: {error}')
 
 
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts; a last one that was cut short is left out."""
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 class Log:
     """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
 
@@ -820,8 +826,8 @@ class Log:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
         if rank() == 0 and args.resume and self.path.exists():            # what a resumed run will do again is taken out first
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)['step'] <= start]
-            write_atomic(self.path, lambda file: file.write(''.join(line + '\n' for line in lines).encode()))
+            lines = [json.dumps(line) + '\n' for line in read_metrics(self.path) if line['step'] <= start]
+            write_atomic(self.path, lambda file: file.write(''.join(lines).encode()))
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -867,6 +873,8 @@ class Log:
             say(f'step {step:,}/{self.args.steps:,}  {shown}  {speed * self.args.batch:,.0f} img/s  {duration(left)} left',
                 refresh=step < self.args.steps and not self.stop)
             self.shown, self.shown_step = now, step
+        if self.stop:
+            say(f'stopping after step {step:,}; go on with: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, *lines):
         """Appends dicts to metrics.jsonl."""
@@ -910,8 +918,7 @@ def save_sample(args, nfe, images):
 def save_curves(metrics, path):
     """The columns of a metrics.jsonl against the step, one panel each, as a PNG; smoothed to what fits on the picture."""
     table = {}
-    for line in Path(metrics).read_text().splitlines():
-        line = json.loads(line)
+    for line in read_metrics(metrics):
         for name, value in line.items():
             if name != 'step' and isinstance(value, (int, float)):
                 table.setdefault(name, []).append((line['step'], value))

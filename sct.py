@@ -14,10 +14,10 @@ average, and its variance is what makes training slow and unstable. SCT takes th
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)            references x^(i) ~ p(x0 | y), x0 among them
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat            and the target is x0_hat where r = 0
 
-Besides (the flags in brackets), the gap between t and r shrinks smoothly instead of in ECT's steps [--schedule, Sec. 4.2]; the
+Besides (the flags in brackets), the gap between t and r shrinks smoothly instead of in ECT's steps [--schedule]; the
 noise levels may be cut into phases with a boundary condition each, for a model that samples in a few deterministic steps
-[--phases, --edges], which jump to just below an edge [--eta, edge-skipping, Sec. 4.3]; and a worse model of the same run guides
-a better one [--guide, --guidance, --keep-ema, Sec. 4.4].
+[--phases, --edges], which jump to just below an edge [--eta, edge-skipping]; and a worse model of the same run guides
+a better one [--guide, --guidance, --keep-ema].
 
     python sct.py                                                 # ten shapes, five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
@@ -34,9 +34,12 @@ Where the paper leaves a choice, and where we deviate from it:
  6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run.
  7. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, as ECT has it.
 """
+import argparse
 import copy
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -46,7 +49,7 @@ from unet import EDM2_WIDTHS, EDM2UNet, SongUNet, load_pretrained, load_weights
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
-ECT = dict(                     # ECT's settings for CIFAR-10 (its Table 6), which SCT keeps
+ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
@@ -54,7 +57,8 @@ ECT = dict(                     # ECT's settings for CIFAR-10 (its Table 6), whi
     phases=1, edges=None, eta=1.0, guidance=1.0, keep_ema=None,
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
     t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False, fid_features='inception', fid_num=50_000)
+    optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False,
+    fid_features='inception', fid_num=50_000)
 EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl'
 EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-{}-1073741-0.075.pkl'
 PRESETS = {
@@ -62,14 +66,11 @@ PRESETS = {
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
         batch=32, steps=1500, pretrain_steps=600, stages=4, optimizer='Adam', lr=1e-3, ema=0.998, ref_size='all',
         save_every=500, sample_every=300, eval_every=1500, fid_features='pixels', fid_num=2000),
-    'cifar10': ECT | dict(      # DDPM++; ECT Table 6, SCT Sec. 5
+    'cifar10': ECT | dict(      # DDPM++
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=EDM_URL,
-        batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000),
-    'folder': ECT | dict(       # your pictures, with the settings of CIFAR-10
-        width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
-        batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000),
-}
-for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT Table 6, ImageNet 64x64
+        batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000)}
+PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)     # your pictures, settings of CIFAR-10
+for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # EDM2 networks, ECT settings for ImageNet 64x64
     PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3, attn_resolutions=[16, 8],
         dropout=dropout, dropout_res=16, checkpoint=EDM2_URL.format(size.lower()), P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06,
@@ -88,13 +89,13 @@ def upper_level(normal, P_mean, P_std):
 
 
 def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
-    """r < t of a pair (ECT Eq. 20): r = t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0 where that is below. (B,) -> (B,)"""
+    """r < t of a pair (of ECT): t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0 if that is below. (B,) -> (B,)"""
     n = 1 + k * torch.sigmoid(-b * t)
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
 
 
 def stage_at(share, stages, schedule):
-    """The stage that `lower_level` takes after this share of tuning: ECT's 0, 1, 2, ..., or the same without steps (SCT Sec. 4.2)."""
+    """The stage that `lower_level` takes after this share of tuning: ECT's 0, 1, 2, ..., or the same without steps."""
     return share * stages if schedule == 'smooth' else int(share * stages)
 
 
@@ -141,7 +142,7 @@ CHUNK = 2 ** 23         # how many numbers of the references are float32 at a ti
 
 
 def posterior_mean(x_t, t, chunks):
-    """E[x0 | x_t] if x0 is one of the references (SCT Sec. 4.1): their mean, weighted by softmax of -|x_t - x^(i)|² / (2 t²).
+    """E[x0 | x_t] if x0 is one of the references (SCT Sec. 4.1, Eq. 14): their mean, weighted by softmax of -|x_t - x^(i)|² / (2 t²).
 
     x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed (B, n) bool,
     who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running maximum and sum
@@ -195,7 +196,7 @@ def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, draw):
 # 5. Loss
 
 def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weighting='gap', c=0.0, s=None):
-    """Consistency loss of each sample (ECT Eq. 11 with SCT's target). -> (B,)
+    """Consistency loss of each sample (that of ECT, with the target of SCT). -> (B,)
 
     The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat; with phases, the points that both
     predict for the lower edge s (B,) of t's phase are compared. Where r = s that point is x_r itself: x0_hat if s = 0.
@@ -241,8 +242,8 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
     """n images in [-1, 1], (n, C, H, W), with `nfe` network evaluations each; labels: list of classes, taken in turn.
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A model
-    of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge (SCT Sec. 4.3).
-    `guide`: a worse model, from which the prediction is pushed away: f_bad + guidance (f - f_bad) (SCT Sec. 4.4).
+    of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
+    `guide`: a worse model, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
     """
     config, device, images = model.config, next(model.parameters()).device, []
     net, bad = (common.network(m, config['precision'], device) for m in (model, guide or model))
@@ -266,7 +267,8 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
             if guide is not None:
                 x0_hat = torch.lerp(f(bad, x, t, y_part, SIGMA_MIN), x0_hat, guidance)
             if i + 1 < len(levels):
-                x = at_level(x0_hat, x, level, levels[i + 1]) if len(edges) > 2 else x0_hat + levels[i + 1] * noise[i + 1][part].to(device)
+                fresh = lambda: x0_hat + levels[i + 1] * noise[i + 1][part].to(device)
+                x = at_level(x0_hat, x, level, levels[i + 1]) if len(edges) > 2 else fresh()
         images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
 
@@ -275,7 +277,7 @@ def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     state = common.load_checkpoint(path)
     config = ECT | state['config']
-    model = make_network(common.argparse.Namespace(**config))
+    model = make_network(SimpleNamespace(**config))
     common.restore(model, state['ema'], path)
     model.config = config
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -299,19 +301,15 @@ def train(args):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     make_optimizer = lambda: getattr(torch.optim, args.optimizer)(      # foreach: a few fused updates for all parameters
         net.parameters(), lr=args.lr, betas=tuple(args.betas), foreach=True)
-    optimizer, start = make_optimizer(), 0
-    state = common.open_run(args)
-    if state:
-        common.restore(net, state['net'], args.out)
-        common.restore(ema, state['ema'], args.out)
-        common.restore(optimizer, state['optimizer'], args.out)
-        start = state['step']
+    optimizer = make_optimizer()
+    start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     if args.compile:
         net.compile()
     wrapped = common.distributed(net)
     student, teacher = (common.network(module, args.precision, device) for module in (wrapped, net))
     mine = common.my_part(args.batch)
-    edges, kept = torch.tensor(phase_edges(args.phases, args.edges), device=device), [round(share * args.steps) for share in args.keep_ema or []]
+    edges = torch.tensor(phase_edges(args.phases, args.edges), device=device)
+    kept = [round(share * args.steps) for share in args.keep_ema or []]
     log, clock = common.Log(args, start, device), common.Clock(args, device)
 
     for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
@@ -377,9 +375,8 @@ def train(args):
                 name, value = evaluate(ema, args, data, device, nfe)
                 log.write({'step': step + 1, f'{name}, {nfe} step': value})
         if log.due(step + 1, args.save_every) or log.stop:
-            common.save_checkpoint(args, step + 1, net, ema, optimizer)
+            common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
-            common.say(f'stopped after step {step + 1:,}; go on with: python sct.py --resume --out {args.out}')
             return
     common.save_final(args, ema)
 
@@ -397,7 +394,7 @@ def evaluate(model, args, data, device, nfe, guide=None):
 def ref_size(text):
     """Type of --ref-size."""
     if text not in ('batch', 'all') and not (text.isdecimal() and int(text) > 0):
-        raise common.argparse.ArgumentTypeError(f'{text} is not a number, `batch` or `all`')
+        raise argparse.ArgumentTypeError(f'{text} is not a number, `batch` or `all`')
     return text
 
 
@@ -406,14 +403,14 @@ def add_flags(parser):
     number, add = common.number, parser.add_argument_group('method').add_argument
     add('--ref-size', type=ref_size, metavar='1|batch|N|all', help='references of the posterior mean (Sec. 4.1): 1 is ECT, '
         '`batch` the minibatch, N as many drawn each step, `all` the training set')
-    add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages (Sec. 4.2)')
+    add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
     add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
     add('--stages', type=number(int, 1, 64), metavar='N', help='how often, over the run')
-    add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each (Sec. 4.3)')
+    add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each')
     add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='the M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
     add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of the run, for --guide')
-    add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling (Sec. 4.4)')
+    add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
 
@@ -424,7 +421,7 @@ def main(argv):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between them, in ascending order')
     args.nfe = args.nfe or [args.phases]
     if args.dry_run:
-        return common.say(common.json.dumps(common.config_of(args), indent=2))
+        return common.say(json.dumps(common.config_of(args), indent=2))
     if not (args.sample or args.evaluate):
         return train(args)
     device = common.start(args)

@@ -263,7 +263,7 @@ def test_phased_sampling_follows_the_exact_flow(phases):
 
 def test_edge_skipping_spares_the_place_where_a_smooth_network_must_fail():
     """A network with a Lipschitz bound cannot jump at an edge. Around the edge s its output ramps between the two phases' exact
-    functions, over +-10 % in t; so at t = s itself it is half wrong, and at eta s, eta < 1, less so (SCT Sec. 4.3).
+    functions, over +-10 % in t; so at t = s itself it is half wrong, and at eta s, eta < 1, less so.
     """
     edges = torch.tensor(sct.phase_edges(2), dtype=torch.float64)
     exact, s = gaussian_phase_network(edges), sct.phase_edges(2)[1]
@@ -391,7 +391,7 @@ def test_same_seed_same_run_and_resumed_run_bit_for_bit():
 
     class Stop(Exception):
         pass
-    original, common.save_checkpoint = common.save_checkpoint, lambda *a: (original(*a), (_ for _ in ()).throw(Stop()))
+    original, common.save_checkpoint = common.save_checkpoint, lambda *a, **k: (original(*a, **k), (_ for _ in ()).throw(Stop()))
     try:
         with pytest.raises(Stop):
             run(*flags, '--out', 'c')
