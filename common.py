@@ -142,7 +142,7 @@ def parse_args(script, doc, presets, add_flags, argv):
     if dataset not in presets:
         raise UserError(f'--dataset {dataset}: not known; choose from {", ".join(presets)}')
 
-    parser = Parser(prog=f'{script}.py', description=doc, allow_abbrev=False,
+    parser = Parser(prog=f'{script}.py', usage=f'python {script}.py [FLAGS]', description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('data').add_argument
     add('--dataset', default='shapes', metavar='NAME', help=f'{", ".join(presets)}; sets the defaults of all other flags')
