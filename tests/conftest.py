@@ -2,9 +2,12 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,3 +61,15 @@ def refused(capsys):
         for word in words:
             assert word in error, error
     return call
+
+
+def named_weights(net):
+    """The weights that both sides make from the parameters' names (the reference files hold none)."""
+    for name, p in net.state_dict().items():
+        if 'resample_filter' in name:
+            continue
+        r = np.asarray(np.random.RandomState(zlib.crc32(name.encode())).randn(*p.shape), np.float32)
+        scale = 1 / np.sqrt(p[0].numel()) if p.ndim >= 2 else 0.1 if 'norm' in name and name.endswith('weight') else 0.2
+        shift = 1 if p.ndim < 2 and 'norm' in name and name.endswith('weight') else 0
+        p.copy_(torch.from_numpy(np.asarray(shift + scale * r, dtype=np.float32)))
+    return net

@@ -25,7 +25,7 @@ import torch.nn as nn
 
 import sct
 from common import UserError
-from test_unet import named_weights
+from conftest import named_weights
 from unet import EDM2UNet, MPConv, MPFourier, SongUNet, load_pretrained, load_weights
 
 SONG = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=2, augment_dim=9, model_channels=8, channel_mult=[1, 2],

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +10,10 @@ import pytest
 import torch
 
 from common import UserError
+from conftest import named_weights
 from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
 
 DATA = Path(__file__).parent / 'data'
-
-
-def named_weights(net):
-    """The weights that both sides make from the parameters' names (the reference files hold none)."""
-    for name, p in net.state_dict().items():
-        if 'resample_filter' in name:
-            continue
-        r = np.asarray(np.random.RandomState(zlib.crc32(name.encode())).randn(*p.shape), np.float32)
-        scale = 1 / np.sqrt(p[0].numel()) if p.ndim >= 2 else 0.1 if 'norm' in name and name.endswith('weight') else 0.2
-        shift = 1 if p.ndim < 2 and 'norm' in name and name.endswith('weight') else 0
-        p.copy_(torch.from_numpy(np.asarray(shift + scale * r, dtype=np.float32)))
-    return net
 
 
 @pytest.mark.parametrize('name, network', [('songunet_ddpmpp', SongUNet), ('songunet_ncsnpp_cond', SongUNet),
