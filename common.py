@@ -293,12 +293,13 @@ def keep_freed_memory():
 
 def _start_copies(args):
     """N processes of this command; the first that fails, or a signal to this process, ends them all. -> exit code"""
-    script = Path(sys.modules['__main__'].__file__).resolve().parent / f'{args.script}.py'
+    script = Path(__file__).resolve().parent / f'{args.script}.py'
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, WORLD_SIZE=str(args.gpus), INIT_METHOD=f'file://{folder}/rendezvous', WATCH_STDIN='1')
         env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.gpus)))
-        copies = [subprocess.Popen([sys.executable, str(script), *args.argv], stdin=subprocess.PIPE,
-                                   env=dict(env, RANK=str(i), LOCAL_RANK=str(i))) for i in range(args.gpus)]
+        copies = [subprocess.Popen([sys.executable, str(script), *args.argv], env=dict(env, RANK=str(i), LOCAL_RANK=str(i)),
+                                   stdin=subprocess.PIPE, start_new_session=True)         # Ctrl-C reaches them through here only
+                  for i in range(args.gpus)]
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: [copy.send_signal(number) for copy in copies if copy.poll() is None])
         try:

@@ -149,6 +149,19 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_download_without_known_hash_is_checked_by_its_length(tmp_path, monkeypatch):
+    class Source(io.BytesIO):
+        headers = {'Content-Length': '100'}
+    monkeypatch.setattr(common.urllib.request, 'urlopen', lambda *a, **k: Source(bytes(99)))
+    with pytest.raises(UserError, match='only 99 of 100 bytes'):
+        common.download('http://x/y', tmp_path / 'y', 'sha256', None)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(common.urllib.request, 'urlopen', lambda *a, **k: Source(bytes(100)))
+    common.download('http://x/y', tmp_path / 'y', 'sha256', None)
+    common.download('http://x/y', tmp_path / 'y', 'sha256', None)
+    assert (tmp_path / 'y').read_bytes() == bytes(100)
+
+
 def picture(path, size=(8, 8), seed=0, mode='RGB', **save):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode).save(path, **save)

@@ -560,17 +560,17 @@ def test_benchmark_accounts_for_the_step(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('number', ['SIGINT', 'SIGTERM'])
-def test_a_signal_ends_the_run_with_a_checkpoint(command, tmp_path, number):
+@pytest.mark.parametrize('number, gpus', [('SIGINT', 1), ('SIGTERM', 1), ('SIGINT', 2)])
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, gpus):
     import os, signal, subprocess, sys, time
     from conftest import ROOT
-    process = subprocess.Popen([sys.executable, str(ROOT / 'sct.py'), *TINY, '--steps', '100000', '--resolution', '8'],
-                               stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, str(ROOT / 'sct.py'), *TINY, '--steps', '100000', '--resolution', '8', '--device', 'cpu',
+                                '--gpus', str(gpus)], stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
     metrics = tmp_path / 'runs/sct-shapes/metrics.jsonl'
     while not (metrics.exists() and metrics.read_text().count('\n') > 2):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(getattr(signal, number))
+    os.killpg(process.pid, getattr(signal, number))                             # as a terminal does: to the whole group
     out, _ = process.communicate(timeout=60)
     step = lines(tmp_path / 'runs/sct-shapes')[-1]['step']
     assert process.returncode == 0 and f'python sct.py --resume --out runs/sct-shapes' in out

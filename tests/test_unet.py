@@ -35,7 +35,8 @@ def test_published_numbers(name, network, memory_format):
 
 
 def test_settings_per_resolution():
-    net = SongUNet(8, 1, 1, model_channels=8, channel_mult=[1, 2], num_blocks=[1, 3], dropout=[0.0, 0.5], attn_resolutions=[])
+    net = SongUNet(8, 1, 1, model_channels=8, channel_mult=[1, 2], num_blocks=[1, 3], dropout=[0.0, 0.5],
+                   attn_resolutions=[])
     assert sorted(k for k in net.enc if 'block' in k) == ['4x4_block0', '4x4_block1', '4x4_block2', '8x8_block0']
     assert sorted(k for k in net.dec if '8x8_block' in k) == ['8x8_block0', '8x8_block1']
     assert {net.enc[k].dropout for k in net.enc if '8x8_block' in k} == {0.0}
@@ -90,14 +91,14 @@ def test_networks_have_the_published_sizes():
     # GC's CIFAR-10 network. The 35.8 M that belong to its settings come with attention at 16, EDM's default.
     assert size(SongUNet, 32, 3, 3, channel_mult=[1, 2, 2], num_blocks=3) == 35_766_531
     assert size(SongUNet, 32, 3, 3, channel_mult=[1, 2, 2], num_blocks=3, attn_resolutions=[]) == 34_711_811
-    sizes = {name: size(EDM2UNet, 64, 3, 3, label_dim=1000, model_channels=width) for name, width in EDM2_WIDTHS.items()}
+    sizes = {name: size(EDM2UNet, 64, 3, 3, label_dim=1000, model_channels=n) for name, n in EDM2_WIDTHS.items()}
     assert sizes == {'S': 280_209_253, 'M': 497_803_045, 'L': 777_492_197, 'XL': 1_119_276_709}      # EDM2 Table 2
 
 
 # EDM2
 
-TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2], num_blocks=1,
-            attn_resolutions=[4], channels_per_head=16)
+TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
+            num_blocks=1, attn_resolutions=[4], channels_per_head=16)
 
 
 def inputs(n=2):
@@ -115,7 +116,8 @@ def test_pieces_keep_magnitude():
         assert abs(rms(value).item() - 1) < 0.05
     both = mp_cat(x, y)         # a quarter as many channels, but as much of the result
     assert abs(both[:, :32].square().sum() / both[:, 32:].square().sum() - 1) < 0.02
-    assert normalize(torch.full((1, 4), 300.0, dtype=torch.float16), dim=1).tolist() == [[1.0] * 4]     # 4 * 300² is beyond fp16
+    large = torch.full((1, 4), 40000.0, dtype=torch.float16)            # its norm is beyond float16
+    assert normalize(large, dim=1).tolist() == [[1.0] * 4]
 
 
 def test_weights_are_normalised_in_place_only_for_the_student():
@@ -163,13 +165,13 @@ def test_training_starts_from_zero_and_no_class_is_no_label():
 def test_where_edm2_has_dropout_and_attention():
     net = EDM2UNet(**TINY | dict(dropout=0.5, dropout_res=4, channels_per_head=8))
     blocks = {name: block for part in (net.enc, net.dec) for name, block in part.items() if hasattr(block, 'dropout')}
-    assert {name for name, block in blocks.items() if block.dropout} == {name for name in blocks if name.startswith('4x4')}
+    assert [name for name, block in blocks.items() if block.dropout] == [name for name in blocks if '4x4' in name]
     assert {block.dropout for block in blocks.values()} == {0.0, 0.5}
     for name, part in [('4x4_block0', net.enc), ('4x4_in0', net.dec), ('4x4_block0', net.dec), ('4x4_block1', net.dec)]:
         assert part[name].heads == 4
     assert sum(block.heads > 0 for block in [*net.enc.values(), *net.dec.values()] if hasattr(block, 'heads')) == 4
     net = EDM2UNet(**TINY | dict(dropout=0.5))
-    assert all(block.dropout == 0.5 for part in (net.enc, net.dec) for block in part.values() if hasattr(block, 'dropout'))
+    assert all(block.dropout == 0.5 for block in [*net.enc.values(), *net.dec.values()] if hasattr(block, 'dropout'))
 
     named_weights(net)
     outs = []
@@ -192,9 +194,9 @@ def test_edm2_in_low_precision(dtype):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize('bad, word', [(dict(channels_per_head=24), 'channels_per_head'), (dict(img_resolution=9), 'img_resolution')])
-def test_wrong_edm2_settings_are_named(bad, word):
-    with pytest.raises(ValueError, match=word):
+@pytest.mark.parametrize('bad', [dict(channels_per_head=24), dict(img_resolution=9)])
+def test_wrong_edm2_settings_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
         EDM2UNet(**TINY | bad)
 
 
@@ -205,7 +207,8 @@ def mismatch(net, state, *words):
     with pytest.raises(UserError) as error:
         load_weights(net, state, 'some.pkl')
     text = str(error.value)
-    assert text.startswith('some.pkl') and '\n' not in text and len(text) < 500 and all(word in text for word in words), text
+    assert text.startswith('some.pkl') and '\n' not in text and len(text) < 500, text
+    assert all(word in text for word in words), text
     assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())     # nothing was half loaded
 
 
@@ -215,13 +218,14 @@ def test_load_weights_names_what_does_not_fit():
     name = 'enc.8x8_conv.weight'
     mismatch(net, {k: p for k, p in given.items() if k != name}, f'{name} is missing there, [8, 3, 3, 3] here')
     mismatch(net, given | {name: torch.ones(8, 1, 3, 3)}, f'{name} is [8, 1, 3, 3] there, [8, 3, 3, 3] here')
-    mismatch(net, given | {'other.bias': torch.ones(2), 'logvar': torch.ones(1)}, 'other.bias is [2] there, missing here')
-    mismatch(net, {f'module.{k}': p for k, p in given.items()}, 'is missing there', 'more')                    # wrong prefix
+    mismatch(net, given | {'a.bias': torch.ones(2), 'logvar': torch.ones(1)}, 'a.bias is [2] there, missing here')
+    mismatch(net, {f'module.{k}': p for k, p in given.items()}, 'is missing there', 'more')             # wrong prefix
     mismatch(SongUNet(**config | dict(augment_dim=9)), given, 'map_augment.weight is missing there, [8, 9] here')
     mismatch(SongUNet(**config | dict(augment_dim=9)), given | {'map_augment.weight': torch.ones(8, 8)}, '[8, 8] there')
     mismatch(EDM2UNet(**TINY), given, 'more')
 
-    load_weights(net, given | {'map_augment.weight': torch.ones(8, 9), 'logvar_linear.weight': torch.ones(1, 4)}, 'some.pkl')
+    more = {'map_augment.weight': torch.ones(8, 9), 'logvar_linear.weight': torch.ones(1, 4)}
+    load_weights(net, given | more, 'some.pkl')
     assert all(torch.equal(given[name], p) for name, p in net.state_dict().items())
     assert net.enc['8x8_conv'].weight.requires_grad
     load_weights(net.double(), {name: p.half() for name, p in given.items()}, 'some.pkl')
@@ -230,6 +234,6 @@ def test_load_weights_names_what_does_not_fit():
 
 def test_networks_need_nothing_but_torch(tmp_path):
     (tmp_path / 'unet.py').write_bytes((Path(__file__).parent.parent / 'unet.py').read_bytes())
-    code = ('import sys, unet; net = unet.EDM2UNet(8, 1, 1, model_channels=64, channel_mult=[1]); unet.SongUNet(8, 1, 1);'
+    code = ('import sys, unet; unet.EDM2UNet(8, 1, 1, model_channels=64, channel_mult=[1]); unet.SongUNet(8, 1, 1);'
             'assert not {"common", "unpickle", "PIL"} & sys.modules.keys()')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=120)
