@@ -133,7 +133,8 @@ def parse_args(script, doc, presets, add_flags, argv):
     settings = {}
     if peek.sample or peek.evaluate:
         settings = load_checkpoint(peek.sample or peek.evaluate)['config']
-        settings = {name: value for name, value in settings.items() if name != 'out'}
+        for name in ('out', 'gpus', 'device', 'compile', 'microbatch'):        # how it was trained is not how it is sampled
+            settings.pop(name, None)
     elif peek.resume:
         settings = read_config(Path(peek.out or f'runs/{script}-{peek.dataset or "shapes"}'))
     if settings.get('script', script) != script:
@@ -257,7 +258,7 @@ def start(args):
         raise UserError('--device cuda: this machine has no GPU that torch can use')
     cuda = args.device != 'cpu' and torch.cuda.is_available()
     processes = world_size() if 'RANK' in env else args.gpus
-    if args.batch % processes:
+    if args.batch % processes and not (args.sample or args.evaluate):
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
     if 'RANK' not in env and args.gpus > 1:
         if args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
@@ -271,8 +272,9 @@ def start(args):
     if env.get('WATCH_STDIN'):      # the pipe to the process that started this one closes when that one dies
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     keep_freed_memory()
-    device = torch.device('cuda', int(env.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
-    if cuda:
+    device = torch.device('cpu')
+    if cuda:        # under Slurm with one visible GPU a task, that one is number 0 whatever the local rank
+        device = torch.device('cuda', int(env.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
@@ -428,6 +430,11 @@ def load_data(args):
     return data if args.cond else data._replace(labels=None, classes=0)
 
 
+def cache_folder(args):
+    """Where downloads go: --data-dir, or the folder of it if it is a zip."""
+    return Path(args.data_dir).parent if Path(args.data_dir).is_file() else Path(args.data_dir)
+
+
 def fit_to_data(args, data):
     """Sets args.resolution, args.in_channels and args.label_dim to the data's."""
     args.resolution, args.in_channels, args.label_dim = data.images.shape[-1], data.images.shape[1], data.classes
@@ -539,7 +546,10 @@ def image_folder(root, resolution=None):
         names = [p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file()]
         read = lambda name: (root / name).read_bytes()
     elif zipfile.is_zipfile(root):
-        archive, lock = zipfile.ZipFile(root), threading.Lock()      # read in place: no path in it is ever written to
+        try:
+            archive, lock = zipfile.ZipFile(root), threading.Lock()  # read in place: no path in it is ever written to
+        except zipfile.BadZipFile as error:
+            raise UserError(f'{root} cannot be read: {error}')
         names = archive.namelist()
 
         def read(name):
@@ -547,7 +557,7 @@ def image_folder(root, resolution=None):
                 return archive.read(name)
     else:
         raise UserError(f'{root} is neither a folder nor a zip')
-    files = sorted(name for name in names if name.lower().endswith(IMAGE_FILES))
+    files = sorted(name for name in names if name.lower().endswith(IMAGE_FILES) and not Path(name).name.startswith('._'))
     if not files:
         raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
 
@@ -607,7 +617,8 @@ def download(url, path, algorithm, digest):
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f'{path} is not there and could not be downloaded from {url}: {error}')
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
     else:
         check_hash(path, algorithm, digest, path)
 
@@ -638,13 +649,15 @@ def network(net, precision, device):
 
 @contextlib.contextmanager
 def true_float32():
-    """Matrix products inside are float32 whatever --precision says: TF32 would round differences of distances away."""
-    before = torch.get_float32_matmul_precision()
+    """Products inside are float32 whatever --precision says: TF32 would round small differences of distances away."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients above float16's smallest number; undone by `finish_gradients`
@@ -736,10 +749,10 @@ def open_run(args, **parts):
         for name, part in parts.items():
             restore(part, state[name], out)
         step = state['step']
-    elif rank() == 0 and not args.benchmark:
+    if rank() == 0 and not args.benchmark:
         try:
             (out / 'samples').mkdir(parents=True, exist_ok=True)
-            for old in [*out.glob('*.pt'), *out.glob('samples/*.png'), out / 'metrics.jsonl'] if args.overwrite else []:
+            for old in [] if args.resume else [*out.glob('*.pt'), *out.glob('samples/*.png'), out / 'metrics.jsonl']:
                 old.unlink(missing_ok=True)
             write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
         except OSError as error:
@@ -818,7 +831,7 @@ class Log:
 
     def __init__(self, args, start, device):
         self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
-        self.block = 1 if device.type == 'cpu' else 50          # steps between flushes: the same in all processes
+        self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
         self.pending, self.names, self.bad, self.stop = [], [], 0, False
         self.first = self.shown_step = start
         self.begin = self.shown = time.monotonic()
@@ -826,7 +839,7 @@ class Log:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
-        if rank() == 0 and args.resume and self.path.exists():            # what a resumed run will do again is taken out first
+        if rank() == 0 and args.resume and not args.benchmark and self.path.exists():            # what a resumed run will do again is taken out first
             lines = [json.dumps(line) + '\n' for line in read_metrics(self.path) if line['step'] <= start]
             write_atomic(self.path, lambda file: file.write(''.join(lines).encode()))
 
@@ -859,7 +872,7 @@ class Log:
         lines = []
         for number, row in zip(range(step - len(rows) + 1, step + 1), rows):
             values = dict(zip(self.names, row))
-            self.stop = self.stop or values.pop('stop') > 0
+            self.stop = values.pop('stop') > 0 or self.stop
             self.bad = 0 if math.isfinite(values['grad_norm']) else self.bad + 1
             lines.append({'step': number} | {name: round(v, 6) if math.isfinite(v) else str(v) for name, v in values.items()})
             if self.bad >= 20:
@@ -886,11 +899,12 @@ class Log:
 
 # 8. Pictures
 
-def choose_labels(n, labels, classes):
-    """`labels` (a list; all classes if None) in turn, (n,) int64; None for a model without classes."""
+def choose_labels(n, labels, classes, first=0):
+    """`labels` (a list; all classes if None) in turn from number `first` on, (n,) int64; None for a model without classes."""
     if labels and max(labels) >= classes:
         raise UserError(f'--labels {max(labels)}: the model has {classes} classes' + f', 0 to {classes - 1}' * bool(classes))
-    return torch.tensor((labels or list(range(classes))) * n)[:n] if classes else None
+    labels = labels or range(classes)
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)]) if classes else None
 
 
 def save_grid(images, path, columns=None):
@@ -907,7 +921,9 @@ def save_grid(images, path, columns=None):
 
 
 def save_sample(args, nfe, images):
-    """The grid that --sample makes, in --out or else beside the checkpoint."""
+    """The grid that --sample makes, in --out or else beside the checkpoint; from the first process."""
+    if rank():
+        return
     source = Path(args.sample)
     folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
     path = folder / f'sample-{nfe}-step.png'

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ def resize_tf1(x, height, width):
 
 
 def load_inception(path=None, data_dir='data', device='cpu'):
-    """The FID network with its weights. -> (network, whether the weights are exactly those of 2015-12-05)
+    """The FID network with its weights. -> (network, 'FID' or, if they are not those of 2015-12-05, a name that says so)
 
     `path`: a state dict with pytorch-fid's names. Without it the weights are looked for in `data_dir`, else downloaded there.
     """
@@ -172,7 +173,8 @@ def load_inception(path=None, data_dir='data', device='cpu'):
     for module in net.modules():
         if isinstance(module, Conv):
             module.fold()
-    return net.to(device, memory_format=torch.channels_last), digest == TENSORS_SHA256
+    name = 'FID' if digest == TENSORS_SHA256 else f'FID with other Inception weights ({digest[:8]})'
+    return net.to(device, memory_format=torch.channels_last), name
 
 
 # 2. Statistics
@@ -263,12 +265,13 @@ def feature_network(kind, path, data_dir, device):
     """-> function from uint8 images to features, and how its distance is called if all else is as in the literature."""
     if kind == 'pixels':
         return lambda x: pixel_features(x.to(device)), 'pixel-FD'
-    net, exact = load_inception(path, data_dir, device)
+    net, name = load_inception(path, data_dir, device)
 
     @torch.inference_mode()
     def features(x):
-        return net(x.to(device).contiguous(memory_format=torch.channels_last))
-    return features, 'FID' if exact else 'FID with other Inception weights'
+        with common.true_float32():
+            return net(x.to(device).contiguous(memory_format=torch.channels_last))
+    return features, name
 
 
 def distance_name(kind, n, against, whole):
@@ -283,10 +286,11 @@ def dataset_statistics(images, features, kind, home):
     digest = hashlib.sha256(f'{kind} {tuple(images.shape)}'.encode())
     digest.update(images.cpu().numpy())
     cache = home and home / f'fid-{digest.hexdigest()[:16]}.npz'
-    if cache and cache.exists():
-        return load_statistics(cache)
-    result = measure(len(images), lambda j, n: images[100 * j:100 * j + n], features, 'the data')
-    if cache and common.rank() == 0:
+    found = [load_statistics(cache) if cache and common.rank() == 0 and cache.exists() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)           # one process decides for all whether there is anything to measure
+    result = found[0] or measure(len(images), lambda j, n: images[100 * j:100 * j + n], features, 'the data')
+    if cache and common.rank() == 0 and not found[0]:
         try:
             save_statistics(cache, *result)
         except OSError as error:
@@ -294,20 +298,32 @@ def dataset_statistics(images, features, kind, home):
     return result
 
 
-def evaluate(args, data, generate, device):
-    """Distance of generated pictures from the training set, or from --fid-ref. -> (its name, distance)
+class Judge(NamedTuple):
+    """What samples are judged by: features, their distance's name, and the statistics to compare with and what they are of."""
+    features: Callable
+    kind: str
+    reference: tuple
+    against: str
+    whole: bool
 
-    `generate(j, n)`: lot number j, n pictures in [-1, 1] that depend on j alone.
-    """
-    features, kind = feature_network(args.fid_features, args.inception, args.data_dir, device)
+
+def prepare(args, data, device):
+    """Judge of samples of a run: against its training set, or --fid-ref."""
+    features, kind = feature_network(args.fid_features, args.inception, common.cache_folder(args), device)
     if args.fid_ref:
-        reference, against = load_statistics(args.fid_ref), args.fid_ref
-    else:
-        reference = dataset_statistics(data.images, features, kind, data.home)
-        against = f'the {reference[2]:,} training images'
-    sampled = measure(args.fid_num, lambda j, n: common.to_uint8(generate(j, n)), features, 'samples')
-    name = distance_name(kind, sampled[2], against, not args.fid_ref)
-    return name, distance(sampled, reference, against)
+        return Judge(features, kind, load_statistics(args.fid_ref), args.fid_ref, False)
+    reference = dataset_statistics(data.images, features, kind, data.home)
+    against = f'the {reference[2]:,} training images' + f'; classes {args.labels} only' * bool(args.labels)
+    return Judge(features, kind, reference, against, not args.labels)
+
+
+def evaluate(judge, num, generate):
+    """Distance of `num` generated pictures from the judge's. -> (its name, distance)
+
+    `generate(j, n)`: lot number j, pictures 100 j to 100 j + n - 1, in [-1, 1], which depend on j alone.
+    """
+    sampled = measure(num, lambda j, n: common.to_uint8(generate(j, n)), judge.features, 'samples')
+    return distance_name(judge.kind, sampled[2], judge.against, judge.whole), distance(sampled, judge.reference, judge.against)
 
 
 def distance(one, other, what):
@@ -319,16 +335,16 @@ def distance(one, other, what):
 
 # 4. Command line
 
-def read_pictures(path):
+def read_pictures(path, resolution=None):
     """A folder, a zip, CIFAR-10's folder or archive (training set) or one of its .bin files -> uint8 (N, 3, H, W)."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file or folder')
     if path.suffix == '.bin':
-        if not path.is_file():
-            raise UserError(f'{path}: there is no such file')
         return common.cifar10_records(path.read_bytes(), path)[0]
     if (path / 'data_batch_1.bin').exists() or (path / 'cifar-10-batches-bin').exists() or path.name.endswith('.tar.gz'):
         return common.cifar10(path).images
-    return common.image_folder(path).images
+    return common.image_folder(path, resolution).images
 
 
 def main(argv=None):
@@ -342,16 +358,22 @@ def main(argv=None):
     parser.add_argument('--fid-features', choices=['inception', 'pixels'], default='inception')
     parser.add_argument('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
     parser.add_argument('--data-dir', default='data', metavar='PATH', help='where the Inception weights lie or go')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--resolution', type=common.number(int, 4, 1024), metavar='N', help='crop and resize pictures to this')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--debug', action='store_true', help='show tracebacks')
     args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: this machine has no GPU that torch can use')
     common.keep_freed_memory()
-    one = read_pictures(args.images)[:args.num]
-    other = None if args.against.endswith('.npz') else read_pictures(args.against)[:args.against_num]
+    one = read_pictures(args.images, args.resolution)[:args.num]
+    other = None if args.against.endswith('.npz') else read_pictures(args.against, args.resolution)[:args.against_num]
     features, kind = feature_network(args.fid_features, args.inception, args.data_dir, args.device)
     result = measure(len(one), lambda j, n: one[100 * j:100 * j + n], features, args.images)
     if args.save:
-        save_statistics(Path(args.save), *result)
+        try:
+            save_statistics(Path(args.save), *result)
+        except OSError as error:
+            raise UserError(f'--save {args.save}: {error.strerror}')
     if other is None:
         reference = load_statistics(args.against)
     else:

@@ -27,9 +27,10 @@ a better one [--guide, --guidance, --keep-ema].
 Where the paper leaves a choice, and where we deviate from it:
  1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
  2. `--ref-size all` takes the whole training set, so the exact score of it: beyond the paper. It costs two matrix products.
- 3. With labels (`--cond`) an image's references are those of its own label; N of `--ref-size N` is counted before that.
- 4. `--schedule smooth` lets ECT's stage grow continuously from 0 to its last value: our reading of "smoother".
- 5. Phases: edges at rho 7 (EDM Eq. 5) from 0 to sigma_max; the loss compares the points that two predictions reach at the
+ 3. With labels (`--cond`) an image's references are those of its own label. The number of `batch` and N is counted before that:
+    with many classes few are left (ImageNet, batch 128: x0 alone for 88 % of the samples), and `all` is the better choice.
+ 4. `--schedule smooth` lets ECT's stage grow continuously, from 0 to their number: our reading of "smoother".
+ 5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the
     lower edge s of t's phase, x_s = f + s (x_t - f) / t, and r stays above s: our reading, from Phased Consistency Models.
  6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run.
  7. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, as ECT has it.
@@ -54,13 +55,13 @@ ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
     stages=8, schedule='smooth',    # q^-1 ... q^-8: the gap is divided by q so many times over the run
-    phases=1, edges=None, eta=1.0, guidance=1.0, keep_ema=None,
+    phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False,
     fid_features='inception', fid_num=50_000)
 EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl'
-EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-{}-1073741-0.075.pkl'
+EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
@@ -73,7 +74,7 @@ PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None) 
 for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # EDM2 networks, ECT settings for ImageNet 64x64
     PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3, attn_resolutions=[16, 8],
-        dropout=dropout, dropout_res=16, checkpoint=EDM2_URL.format(size.lower()), P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06,
+        dropout=dropout, dropout_res=16, checkpoint=EDM2_URL if size == 'S' else None, P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06,
         weighting='edm', t_mid=1.526, optimizer='Adam', betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10,
         batch=128, steps=100_000, save_every=5000, sample_every=5000)
 
@@ -100,9 +101,14 @@ def stage_at(share, stages, schedule):
 
 
 def phase_edges(phases, edges=None):
-    """0 = s_0 < ... < s_M = sigma_max: spaced by rho 7, or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
-    inner = edges if edges else [SIGMA_MAX * (i / phases) ** 7 for i in range(1, phases)]
-    return [0.0, *inner, SIGMA_MAX]
+    """0 = s_0 < ... < s_M = sigma_max: spaced by rho 7 (EDM Eq. 5), or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
+    return [0.0, *(edges or rho_levels(phases)[1:phases]), SIGMA_MAX]
+
+
+def rho_levels(n, rho=7):
+    """n + 1 levels from sigma_min to sigma_max, evenly spaced in sigma^(1/rho) (EDM Eq. 5)."""
+    low, high = SIGMA_MIN ** (1 / rho), SIGMA_MAX ** (1 / rho)
+    return [(low + i / n * (high - low)) ** rho for i in range(n + 1)]
 
 
 def phase_floor(t, edges):
@@ -169,18 +175,22 @@ def references(data, ref_size, index, mine, x0, y, draw):
     index (B,): the global batch within `data`, of which x0 (B, C, H, W) are the images, y (B,) the labels or None, and the
     slice `mine` this process's part. draw(n) gives n random indices.
     """
-    same = lambda labels: None if y is None else y[mine, None] == labels.to(y.device)
+    same = lambda labels: None if y is None else y[mine, None] == labels.to(y.device, non_blocking=True)
     if ref_size == 'batch':
         yield x0, same(y)
     elif ref_size == 'all':
-        labels = data.labels                                    # with labels, only images of a class that is in the batch
-        rows = torch.arange(len(data.images)) if y is None else torch.isin(labels, labels[index[mine]]).nonzero()[:, 0]
-        for part in rows.split(max(1, CHUNK // x0[0].numel())):
-            yield data.images[part.to(data.images.device)].to(x0.device), None if y is None else same(labels[part])
+        size = max(1, CHUNK // x0[0].numel())
+        if y is None:
+            for refs in data.images.split(size):
+                yield refs.to(x0.device, non_blocking=True), None
+        else:                                                   # only images of a class that is in the batch
+            for part in torch.isin(data.labels, data.labels[index[mine]]).nonzero()[:, 0].split(size):
+                refs = data.images[part.to(data.images.device, non_blocking=True)]
+                yield refs.to(x0.device, non_blocking=True), same(data.labels[part])
     else:
         others = draw(int(ref_size) - 1)                        # shared by the batch
         refs, ref_labels = data.at(others, x0.device)
-        allowed = (index[mine, None] != others).to(x0.device)
+        allowed = (index[mine, None] != others).to(x0.device, non_blocking=True)
         yield refs, allowed if y is None else allowed & same(ref_labels)
         yield x0[mine], torch.eye(len(allowed), dtype=torch.bool, device=x0.device)     # each sample's own image
 
@@ -238,8 +248,9 @@ def edm_weight(t):
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None):
-    """n images in [-1, 1], (n, C, H, W), with `nfe` network evaluations each; labels: list of classes, taken in turn.
+def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None, first=0):
+    """n images in [-1, 1], (n, C, H, W), with `nfe` network evaluations each; labels: list of classes, taken in turn (from
+    number `first` on).
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A model
     of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
@@ -247,9 +258,9 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
     """
     config, device, images = model.config, next(model.parameters()).device, []
     net, bad = (common.network(m, config['precision'], device) for m in (model, guide or model))
-    y = common.choose_labels(n, labels, config['label_dim'])
+    y = common.choose_labels(n, labels, config['label_dim'], first)
     edges = phase_edges(config['phases'], config['edges'])
-    levels = [SIGMA_MAX * (1 + i / nfe * ((SIGMA_MIN / SIGMA_MAX) ** (1 / 7) - 1)) ** 7 for i in range(nfe)]    # EDM Eq. 5
+    levels = rho_levels(nfe)[:0:-1]
     if len(edges) > 2:
         if nfe != len(edges) - 1:
             raise common.UserError(f'--nfe {nfe}: a model of {len(edges) - 1} phases takes as many evaluations')
@@ -290,12 +301,13 @@ def train(args):
     device = common.start(args)
     data = common.load_data(args).to(device)
     common.fit_to_data(args, data)                                              # sets resolution, in_channels, label_dim
+    common.choose_labels(1, args.labels, args.label_dim)
 
     torch.manual_seed(args.seed)
     net = make_network(args)
     if args.init != 'none' and not args.resume:
         with common.one_first():
-            load_weights(net, load_pretrained(args.init, args.data_dir)[0], args.init)
+            load_weights(net, load_pretrained(args.init, common.cache_folder(args))[0], args.init)
     net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -304,6 +316,7 @@ def train(args):
     optimizer = make_optimizer()
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False       # student and teacher as the same graph, or their dropout masks differ
         net.compile()
     wrapped = common.distributed(net)
     student, teacher = (common.network(module, args.precision, device) for module in (wrapped, net))
@@ -312,6 +325,9 @@ def train(args):
     kept = [round(share * args.steps) for share in args.keep_ema or []]
     log, clock = common.Log(args, start, device), common.Clock(args, device)
 
+    judge = fid.prepare(args, data, device) if args.eval_every and not args.benchmark else None     # what is missing is missed now
+    if args.benchmark:
+        start = args.pretrain_steps                                             # tuning, not its start, is timed
     for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
         if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
             net.load_state_dict(ema.state_dict())
@@ -365,26 +381,26 @@ def train(args):
         common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
-        if step + 1 in kept:                                                    # a worse self, for --guide
+        if log.due(step + 1, args.save_every) or log.stop:
+            common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
+        if step + 1 in kept and not args.benchmark:                                                    # a worse self, for --guide
             common.save_final(args, ema, f'ema-{step + 1}.pt')
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
             common.save_grid(sample(ema, 64, args.phases, seed=args.seed), Path(args.out) / 'samples' / f'{step + 1:07}.png')
             common.save_curves(log.path, Path(args.out) / 'curves.png')
         if log.due(step + 1, args.eval_every):
             for nfe in args.nfe:
-                name, value = evaluate(ema, args, data, device, nfe)
+                name, value = evaluate(ema, args, judge, nfe)
                 log.write({'step': step + 1, f'{name}, {nfe} step': value})
-        if log.due(step + 1, args.save_every) or log.stop:
-            common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
     common.save_final(args, ema)
 
 
-def evaluate(model, args, data, device, nfe, guide=None):
+def evaluate(model, args, judge, nfe, guide=None):
     """Fréchet distance of samples of `model`, printed. -> (name, value)"""
-    generate = lambda j, n: sample(model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta)
-    name, value = fid.evaluate(args, data, generate, device)
+    generate = lambda j, n: sample(model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta, 100 * j)
+    name, value = fid.evaluate(judge, args.fid_num, generate)
     common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
     return name, value
 
@@ -419,17 +435,23 @@ def main(argv):
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv)
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between them, in ascending order')
+    if (args.guide is None) != (args.guidance is None):
+        raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
     args.nfe = args.nfe or [args.phases]
+    if args.phases > 1 and args.nfe != [args.phases]:
+        raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
     if args.dry_run:
         return common.say(json.dumps(common.config_of(args), indent=2))
     if not (args.sample or args.evaluate):
         return train(args)
     device = common.start(args)
     model, guide = load(args.sample or args.evaluate, device), load(args.guide, device) if args.guide else None
-    data = common.load_data(args) if args.evaluate and not args.fid_ref else None
+    model.config['precision'] = args.precision
+    if args.evaluate:
+        judge = fid.prepare(args, None if args.fid_ref else common.load_data(args), device)
     for nfe in args.nfe:
         if args.evaluate:
-            evaluate(model, args, data, device, nfe, guide)
+            evaluate(model, args, judge, nfe, guide)
         else:
             common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed, guide, args.guidance, args.eta))
 

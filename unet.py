@@ -38,6 +38,10 @@ class Linear(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):      # only the time embedding passes here: levels t and r are
+            return super().forward(x.float())                   # too near each other for 16 bits to tell them apart
+
 
 class Conv2d(nn.Module):
     """A convolution, after resampling by 2 with a small FIR filter if `up` or `down` is set.
@@ -296,6 +300,9 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel, kernel][:2 * bool(kernel)]))
 
     def forward(self, x, gain=1.0):
+        if self.weight.ndim == 2 and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):                              # as in `Linear`: the time embedding
+                return self.forward(x.float(), gain)
         dims = tuple(range(1, self.weight.ndim))
         if self.training and torch.is_grad_enabled():       # Eq. 66: stored weights never grow; teachers leave them be
             with torch.no_grad():
@@ -339,7 +346,8 @@ class MPBlock(nn.Module):
         if self.encoder:
             x = normalize(self.conv_skip(x), dim=1)
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        h = mp_silu(self.conv_res0(mp_silu(x)) * scale[:, :, None, None])
+        h = self.conv_res0(mp_silu(x))
+        h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
         h = self.conv_res1(F.dropout(h, self.dropout, self.training))
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:

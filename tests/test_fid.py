@@ -69,8 +69,8 @@ def test_folding_batch_norm_changes_nothing_and_names_are_pytorch_fids():
 
 @pytest.mark.assets
 def test_features_are_the_published_ones(real):
-    net, exact = fid.load_inception(real('inception-2015-12-05.pth'))
-    assert exact
+    net, name = fid.load_inception(real('inception-2015-12-05.pth'))
+    assert name == 'FID'
     for size in (32, 64):
         images = torch.from_numpy(GOLDEN[f'images{size}']).permute(0, 3, 1, 2)
         with torch.no_grad():
@@ -140,6 +140,9 @@ def test_bad_pictures_and_weights(tmp_path, refused):
     refused(fid, [a, '--against', a, '--inception', tmp_path / 'other.pth'], 'other.pth')
     refused(fid, [a, '--against', a, '--inception', tmp_path / 'none.pth'], 'none.pth')
     refused(fid, [a, '--against', a, '--nmu', '3'], '--nmu')
+    refused(fid, [a, '--against', a, '--device', 'tpu'], '--device')
+    refused(fid, [tmp_path / 'typo.tar.gz', '--against', a], 'typo.tar.gz')
+    refused(fid, [a, '--against', a, '--fid-features', 'pixels', '--save', tmp_path / 'no/dir.npz'], '--save')
     np.savez(tmp_path / 's.npz', mu=np.zeros(3), sigma=np.eye(3))
     refused(fid, [a, '--against', tmp_path / 's.npz', '--fid-features', 'pixels'], '3 features')
 

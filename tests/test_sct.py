@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import fid
 import sct
 
 ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
@@ -177,7 +178,9 @@ def test_schedules():
 
 def test_phase_edges_and_floors():
     assert sct.phase_edges(1) == [0, 80]
-    close(sct.phase_edges(4), [0, 80 * 0.25 ** 7, 80 * 0.5 ** 7, 80 * 0.75 ** 7, 80])
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    close(sct.phase_edges(4), [0, *((low + (high - low) * share) ** 7 for share in (0.25, 0.5, 0.75)), 80])
+    close(sct.rho_levels(3), [(low + (high - low) * i / 3) ** 7 for i in range(4)])
     edges = torch.tensor(sct.phase_edges(3, [0.8, 10.0]))
     t = torch.tensor([0.001, 0.5, 0.8, 0.81, 10.0, 10.5, 80.0, 200.0])
     close(sct.phase_floor(t, edges), [0, 0, 0, 0.8, 0.8, 10, 10, 10])
@@ -450,6 +453,18 @@ def test_sampling():
     assert {p.name for p in Path('runs/sct-shapes').glob('*.png')} >= {'sample-1-step.png', 'sample-4-step.png'}
 
 
+def test_lots_of_samples_go_through_all_classes():
+    """150 classes in lots of 100: every class is sampled equally often."""
+    labels = torch.cat([common.choose_labels(100, None, 150, first=100 * j) for j in range(3)])
+    assert labels.bincount().tolist() == [2] * 150
+    asked, model = [], model_of(lambda x, c, y=None: torch.zeros_like(x), label_dim=150)
+    model.label_dim, model.forward = 150, lambda x, c, y=None: (asked.append(y.argmax(1)), torch.zeros_like(x))[1]
+    args = common.argparse.Namespace(labels=None, seed=0, guidance=None, eta=None, fid_num=300)
+    judge = fid.Judge(lambda x: x.flatten(1).double() + torch.rand(len(x), 3), 'pixel-FD', (np.zeros(3), np.eye(3), 9), 'x', True)
+    sct.evaluate(model, args, judge, 1)
+    assert torch.cat(asked).bincount().tolist() == [2] * 150
+
+
 def test_evaluation_prints_what_it_measured(capsys):
     assert run(*TINY) == 0
     assert run('--evaluate', 'runs/sct-shapes', '--nfe', '1,2', '--fid-num', 50) == 0
@@ -507,6 +522,46 @@ def test_edm2_trains_and_samples():
     assert images.shape == (4, 3, 16, 16) and images.isfinite().all()
 
 
+def test_precision_of_sampling_is_the_flags(tmp_path):
+    assert run(*TINY) == 0
+    for precision in ('fp32', 'bf16'):
+        assert run('--sample', 'runs/sct-shapes', '--precision', precision, '--out', precision) == 0
+    assert Path('fp32/sample-1-step.png').read_bytes() != Path('bf16/sample-1-step.png').read_bytes()
+
+
+@pytest.mark.parametrize('arch', [[], ['--arch', 'edm2', '--width', '64']])
+def test_noise_levels_are_float32_in_16_bit_networks(arch):
+    """Neighbouring levels t and r differ as they do in float32: their embedding is not rounded to 16 bits."""
+    assert run(*TINY, *arch, '--mults', '1,1') == 0
+    model, outs = sct.load('runs/sct-shapes'), {}
+    t = torch.tensor([1.0, 1.0 - 1 / 256])
+    name = 'map_layer1' if not arch else 'emb_noise'
+    for precision in ('fp32', 'bf16'):
+        hook = getattr(model, name).register_forward_hook(lambda module, x, out: outs.__setitem__(precision, out.float()))
+        common.network(model, precision, torch.device('cpu'))(torch.zeros(2, 3, 16, 16), t.log() / 4, torch.tensor([0, 0]))
+        hook.remove()
+    assert torch.equal(outs['fp32'], outs['bf16']) and not torch.equal(*outs['fp32'])
+
+
+def test_a_resumed_run_keeps_its_longer_end():
+    assert run(*TINY) == 0 and run('--resume', '--out', 'runs/sct-shapes', '--steps', 6) == 0
+    assert json.loads(Path('runs/sct-shapes/config.json').read_text())['steps'] == 6
+
+
+def test_zip_as_data_dir_and_labels_in_the_name(capsys, refused, tmp_path):
+    import zipfile
+    from PIL import Image
+    for i in range(6):
+        Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(tmp_path / f'{i}.png')
+    with zipfile.ZipFile(tmp_path / 'p.zip', 'w') as archive:
+        for i in range(6):
+            archive.write(tmp_path / f'{i}.png', f'class{i % 2}/{i}.png')
+    folder = ['--dataset', 'folder', '--data-dir', 'p.zip', *TINY, '--mults', '1,1', '--fid-features', 'pixels', '--fid-num', 9]
+    assert run(*folder, '--cond', '--out', 'a') == 0 and run('--evaluate', 'a', '--labels', 1) == 0
+    assert 'classes [1] only' in capsys.readouterr().out
+    refused(sct, [*folder, '--init', 'http://127.0.0.1:9/n.pkl', '--out', 'b'], 'could not be downloaded')
+
+
 def test_wrong_flags(refused, tmp_path, monkeypatch):
     assert run(*TINY) == 0
     refused(sct, '--dataset nothing', '--dataset nothing', 'shapes')
@@ -515,9 +570,13 @@ def test_wrong_flags(refused, tmp_path, monkeypatch):
     refused(sct, '--resume --width 16', '--width is 16', 'made with 8')
     refused(sct, '--resume --seed 5', '--seed is 5')
     refused(sct, '--phases 2 --edges 3,4', '--edges')
+    refused(sct, '--phases 2 --nfe 1', '--nfe')
+    refused(sct, '--sample runs/sct-shapes --guide runs/sct-shapes', '--guidance')
+    refused(sct, [*TINY, '--eval-every', 4, '--fid-ref', 'nowhere.npz', '--out', 'x'], 'nowhere.npz')
+    refused(sct, [*TINY, '--labels', 99, '--out', 'x'], '--labels 99')
     refused(sct, '--phases 3 --edges 4,3', '--edges')
     refused(sct, '--eta 1.5', '--eta')
-    refused(sct, '--sample runs/sct-shapes --guide nowhere.pt', 'nowhere.pt')
+    refused(sct, '--sample runs/sct-shapes --guide nowhere.pt --guidance 2', 'nowhere.pt')
     refused(sct, '--ref-size some', '--ref-size')
     refused(sct, '--ref-size 0', '--ref-size')
     refused(sct, '--steps 0', '--steps')
