@@ -1,39 +1,38 @@
 """Stable Consistency Tuning (SCT). Fu-Yun Wang, Zhengyang Geng, Hongsheng Li, 2024, https://arxiv.org/abs/2410.18958
 
-A consistency function f(x_t, t) maps a noisy image, at any noise level t, straight to the image at which the probability
-flow ODE that passes through x_t ends. Easy Consistency Tuning (ECT, Geng et al. 2024, arXiv 2406.14548) trains it by asking
-that two points of one path agree, while the levels t > r of the two draw ever nearer:
+A consistency function f(x_t, t) maps a noisy image, at any noise level t, straight to the image at which the
+probability flow ODE through x_t ends. Easy Consistency Tuning (ECT, Geng et al. 2024, arXiv 2406.14548) trains it by
+asking that two points of one path agree, while the levels t > r of the two draw ever nearer:
 
     x_t = x0 + t eps,   x_r = x0 + r eps,   eps ~ N(0, I),   ln t ~ N(P_mean, P_std²)
     loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   and f(x_0, 0) = x0 where r = 0
 
-The step from x_t to x_r follows -eps, a one-sample estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t. It is right on
-average, and its variance is what makes training slow and unstable. SCT takes the average over a set of references instead
-(Sec. 4.1; the estimator of Xu et al. 2023, arXiv 2302.00670):
+The step from x_t to x_r follows -eps, a one-sample estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t. It is
+right on average, and its variance makes training slow and unstable. SCT takes the average over references
+x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1; the estimator of Xu et al. 2023, arXiv 2302.00670):
 
-    w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)            references x^(i) ~ p(x0 | y), x0 among them
-    eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat            and the target is x0_hat where r = 0
+    w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)
+    eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat        and the target is x0_hat where r = 0
 
-Besides (the flags in brackets), the gap between t and r shrinks smoothly instead of in ECT's steps [--schedule]; the
-noise levels may be cut into phases with a boundary condition each, for a model that samples in a few deterministic steps
-[--phases, --edges], which jump to just below an edge [--eta, edge-skipping]; and a worse model of the same run guides
-a better one [--guide, --guidance, --keep-ema].
+Besides, the gap between t and r shrinks smoothly instead of in ECT's steps [--schedule]; the noise levels may be cut
+into phases with a boundary condition each, for a model that samples in a few deterministic steps [--phases, --edges],
+which land just below an edge [--eta, edge-skipping]; and a worse model of the run guides a better one [--guide].
 
-    python sct.py                                                 # ten shapes, five minutes on two CPU cores
+    python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
     python sct.py --sample runs/sct-shapes --nfe 2                # a grid of images
     python sct.py --evaluate runs/sct-cifar10 --nfe 1,2           # FID
 
 Where the paper leaves a choice, and where we deviate from it:
  1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
- 2. `--ref-size all` takes the whole training set, so the exact score of it: beyond the paper. It costs two matrix products.
- 3. With labels (`--cond`) an image's references are those of its own label. The number of `batch` and N is counted before that:
-    with many classes few are left (ImageNet, batch 128: x0 alone for 88 % of the samples), and `all` is the better choice.
+ 2. `--ref-size all` takes the whole training set, so its exact score: beyond the paper. It costs two matrix products.
+ 3. With labels (`--cond`) an image's references are those of its own label. The number of `batch` and N is counted
+    before that: with many classes few are left (ImageNet, batch 128: x0 alone for 88 % of the samples); take `all`.
  4. `--schedule smooth` lets ECT's stage grow continuously, from 0 to their number: our reading of "smoother".
- 5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the
-    lower edge s of t's phase, x_s = f + s (x_t - f) / t, and r stays above s: our reading, from Phased Consistency Models.
+ 5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
+    t's phase, x_s = f + s (x_t - f) / t, and r stays above s: our reading, from Phased Consistency Models.
  6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run.
- 7. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, as ECT has it.
+ 7. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, like ECT.
 """
 import argparse
 import copy
@@ -65,18 +64,18 @@ EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-i
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
-        batch=32, steps=1500, pretrain_steps=600, stages=4, optimizer='Adam', lr=1e-3, ema=0.998, ref_size='all',
-        save_every=500, sample_every=300, eval_every=1500, fid_features='pixels', fid_num=2000),
+        batch=32, steps=1400, pretrain_steps=600, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
+        ref_size='all', save_every=500, sample_every=200, eval_every=1400, fid_features='pixels', fid_num=2000),
     'cifar10': ECT | dict(      # DDPM++
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=EDM_URL,
         batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000)}
-PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)     # your pictures, settings of CIFAR-10
-for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # EDM2 networks, ECT settings for ImageNet 64x64
+PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)      # your pictures
+for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT's, on EDM2
     PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
-        arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3, attn_resolutions=[16, 8],
-        dropout=dropout, dropout_res=16, checkpoint=EDM2_URL if size == 'S' else None, P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06,
-        weighting='edm', t_mid=1.526, optimizer='Adam', betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10,
-        batch=128, steps=100_000, save_every=5000, sample_every=5000)
+        arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
+        attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint=EDM2_URL if size == 'S' else None,
+        P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
+        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000, save_every=5000, sample_every=5000)
 
 
 # 2. Noise levels
@@ -90,7 +89,7 @@ def upper_level(normal, P_mean, P_std):
 
 
 def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
-    """r < t of a pair (of ECT): t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0 if that is below. (B,) -> (B,)"""
+    """r < t of a pair, as in ECT: t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0. (B,) -> (B,)"""
     n = 1 + k * torch.sigmoid(-b * t)
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
 
@@ -101,7 +100,7 @@ def stage_at(share, stages, schedule):
 
 
 def phase_edges(phases, edges=None):
-    """0 = s_0 < ... < s_M = sigma_max: spaced by rho 7 (EDM Eq. 5), or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
+    """0 = s_0 < ... < s_M = sigma_max: by rho 7, or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
     return [0.0, *(edges or rho_levels(phases)[1:phases]), SIGMA_MAX]
 
 
@@ -112,7 +111,7 @@ def rho_levels(n, rho=7):
 
 
 def phase_floor(t, edges):
-    """The lower edge s < t of each level's phase; levels above sigma_max belong to the last phase. (B,), (M + 1,) -> (B,)"""
+    """The lower edge s < t of each level's phase; levels above sigma_max are in the last. (B,), (M + 1,) -> (B,)"""
     return edges[torch.searchsorted(edges[:-1].contiguous(), t) - 1]
 
 
@@ -130,7 +129,7 @@ def make_network(args):
 
 
 def f(net, x, t, y=None, m=0.0):
-    """The consistency function (EDM Eq. 7 with iCT's shift): c_skip x + c_out F(c_in x, ln(t)/4, y), equal to x at t = m.
+    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), equal to x at t = m.
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
@@ -148,18 +147,18 @@ CHUNK = 2 ** 23         # how many numbers of the references are float32 at a ti
 
 
 def posterior_mean(x_t, t, chunks):
-    """E[x0 | x_t] if x0 is one of the references (SCT Sec. 4.1, Eq. 14): their mean, weighted by softmax of -|x_t - x^(i)|² / (2 t²).
+    """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weighted by softmax -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed (B, n) bool,
-    who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running maximum and sum
-    (the log-sum-exp of flash attention) make the pieces add up, so that memory is that of one piece.
+    x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed (B, n)
+    bool, who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running maximum
+    and sum (the log-sum-exp of flash attention) make the pieces add up, so that memory is that of one piece.
     """
     x, t = x_t.flatten(1), t[:, None]                                                       # (B, D), (B, 1)
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
     with common.true_float32():
         for refs, allowed in chunks:
             c = (common.normalise(refs) if refs.dtype == torch.uint8 else refs).flatten(1)  # (n, D)
-            logits = (x @ c.T - c.square().sum(1) / 2) / t ** 2                             # |x|² is the same for all i
+            logits = (x @ c.T - c.square().sum(1) / 2) / t ** 2                     # |x|² is the same for all i
             if allowed is not None:
                 logits = logits.masked_fill(~allowed, -torch.inf)
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
@@ -170,10 +169,10 @@ def posterior_mean(x_t, t, chunks):
 
 
 def references(data, ref_size, index, mine, x0, y, draw):
-    """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; every sample's x0 is among its own, once.
+    """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; x0 is among each sample's own.
 
-    index (B,): the global batch within `data`, of which x0 (B, C, H, W) are the images, y (B,) the labels or None, and the
-    slice `mine` this process's part. draw(n) gives n random indices.
+    index (B,): the global batch within `data`, of which x0 (B, C, H, W) are the images, y (B,) the labels or None, and
+    the slice `mine` this process's part. draw(n) gives n random indices.
     """
     same = lambda labels: None if y is None else y[mine, None] == labels.to(y.device, non_blocking=True)
     if ref_size == 'batch':
@@ -196,7 +195,7 @@ def references(data, ref_size, index, mine, x0, y, draw):
 
 
 def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, draw):
-    """x0_hat and eps_hat = (x_t - x0_hat) / t for this process's x_t (b, C, H, W), t (b,); see `references` for the rest."""
+    """x0_hat and eps_hat = (x_t - x0_hat) / t for this process's x_t (b, C, H, W), t (b,); the rest as above."""
     if ref_size == '1':
         return x_all[mine], eps                             # x0 alone: ECT, without a rounding on the way back to eps
     x0_hat = posterior_mean(x_t, t, references(data, ref_size, index, mine, x_all, y_all, draw))
@@ -208,9 +207,9 @@ def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, draw):
 def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weighting='gap', c=0.0, s=None):
     """Consistency loss of each sample (that of ECT, with the target of SCT). -> (B,)
 
-    The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat; with phases, the points that both
-    predict for the lower edge s (B,) of t's phase are compared. Where r = s that point is x_r itself: x0_hat if s = 0.
-    `mask` seeds the dropout: student and teacher drop the same units, so that their difference is not that of two masks.
+    The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat; with phases, the points that
+    both predict for the lower edge s (B,) of t's phase are compared. Where r = s that point is x_r: x0_hat if s = 0.
+    `mask` seeds the dropout: both drop the same units, so that their difference is not that of two masks.
     """
     r4, t4 = r[:, None, None, None], t[:, None, None, None]
     s4 = torch.zeros_like(t4) if s is None else s[:, None, None, None]
@@ -219,10 +218,10 @@ def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weightin
     student = at_level(f(net, x_t, t, y), x_t, t4, s4)
     with torch.no_grad():
         torch.manual_seed(mask)
-        r_or_t = torch.where(r4 > s4, r4, t4)                                               # at r = s the value is not used
+        r_or_t = torch.where(r4 > s4, r4, t4)                                 # at r = s the value is not used
         target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r_or_t.flatten(), y), x_r, r_or_t, s4), x_r)
-    norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)                   # |u|; its gradient at 0 is 0
-    distance = (norm.square() + c ** 2).sqrt() - c if c else norm                           # pseudo-Huber (iCT Sec. 3.3)
+    norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
+    distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
     return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
 
 
@@ -232,7 +231,7 @@ def at_level(x0_hat, x_t, t, s):
 
 
 def denoising_loss(net, x_t, t, x0_hat, y=None, mask=0):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), with SCT's posterior mean as its target. -> (B,)
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), drawn to SCT's posterior mean. -> (B,)
 
     EDM sums over the pixels; the mean keeps the first steps of RAdam small, which do not divide by the gradient's size.
     """
@@ -249,11 +248,10 @@ def edm_weight(t):
 
 @torch.inference_mode()
 def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None, first=0):
-    """n images in [-1, 1], (n, C, H, W), with `nfe` network evaluations each; labels: list of classes, taken in turn (from
-    number `first` on).
+    """n images in [-1, 1], (n, C, H, W), `nfe` network evaluations each; labels: classes, in turn from number `first` on.
 
-    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A model
-    of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
+    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A
+    model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
     `guide`: a worse model, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
     """
     config, device, images = model.config, next(model.parameters()).device, []
@@ -300,8 +298,10 @@ def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args).to(device)
-    common.fit_to_data(args, data)                                              # sets resolution, in_channels, label_dim
+    common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
     common.choose_labels(1, args.labels, args.label_dim)
+    if args.eval_every and not args.benchmark:
+        judge = fid.prepare(args, data, device)                                 # now: what is missing is to be missed now
 
     torch.manual_seed(args.seed)
     net = make_network(args)
@@ -311,12 +311,12 @@ def train(args):
     net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    make_optimizer = lambda: getattr(torch.optim, args.optimizer)(      # foreach: a few fused updates for all parameters
+    make_optimizer = lambda: getattr(torch.optim, args.optimizer)(              # foreach: few calls for all parameters
         net.parameters(), lr=args.lr, betas=tuple(args.betas), foreach=True)
     optimizer = make_optimizer()
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False       # student and teacher as the same graph, or their dropout masks differ
+        torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
         net.compile()
     wrapped = common.distributed(net)
     student, teacher = (common.network(module, args.precision, device) for module in (wrapped, net))
@@ -325,7 +325,6 @@ def train(args):
     kept = [round(share * args.steps) for share in args.keep_ema or []]
     log, clock = common.Log(args, start, device), common.Clock(args, device)
 
-    judge = fid.prepare(args, data, device) if args.eval_every and not args.benchmark else None     # what is missing is missed now
     if args.benchmark:
         start = args.pretrain_steps                                             # tuning, not its start, is timed
     for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
@@ -344,7 +343,8 @@ def train(args):
         x_all, y_all = data.at(index, device)
         x0, y = x_all[mine], None if y_all is None else y_all[mine]
         pretraining = step < args.pretrain_steps
-        t = upper_level(normal('level'), *(-1.2, 1.2) if pretraining else (args.P_mean, args.P_std))  # EDM Table 1 while pretraining
+        levels = (-1.2, 1.2) if pretraining else (args.P_mean, args.P_std)      # EDM Table 1 for the diffusion model
+        t = upper_level(normal('level'), *levels)
         eps = normal('noise', *x0.shape[1:])
         clock('data')
 
@@ -383,10 +383,11 @@ def train(args):
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
-        if step + 1 in kept and not args.benchmark:                                                    # a worse self, for --guide
+        if step + 1 in kept and not args.benchmark:                            # a worse self, for --guide
             common.save_final(args, ema, f'ema-{step + 1}.pt')
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            common.save_grid(sample(ema, 64, args.phases, seed=args.seed), Path(args.out) / 'samples' / f'{step + 1:07}.png')
+            grid = Path(args.out) / 'samples' / f'{step + 1:07}.png'
+            common.save_grid(sample(ema, 64, args.phases, seed=args.seed), grid)
             common.save_curves(log.path, Path(args.out) / 'curves.png')
         if log.due(step + 1, args.eval_every):
             for nfe in args.nfe:
@@ -399,8 +400,8 @@ def train(args):
 
 def evaluate(model, args, judge, nfe, guide=None):
     """Fréchet distance of samples of `model`, printed. -> (name, value)"""
-    generate = lambda j, n: sample(model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta, 100 * j)
-    name, value = fid.evaluate(judge, args.fid_num, generate)
+    name, value = fid.evaluate(judge, args.fid_num, lambda j, n: sample(
+        model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta, first=100 * j))
     common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
     return name, value
 
@@ -417,15 +418,15 @@ def ref_size(text):
 def add_flags(parser):
     """The flags that are SCT's own."""
     number, add = common.number, parser.add_argument_group('method').add_argument
-    add('--ref-size', type=ref_size, metavar='1|batch|N|all', help='references of the posterior mean (Sec. 4.1): 1 is ECT, '
-        '`batch` the minibatch, N as many drawn each step, `all` the training set')
+    add('--ref-size', type=ref_size, metavar='1|batch|N|all',
+        help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N drawn, `all` data')
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
     add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
     add('--stages', type=number(int, 1, 64), metavar='N', help='how often, over the run')
     add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each')
-    add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='the M - 1 levels between them')
+    add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
-    add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of the run, for --guide')
+    add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of the run')
     add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
@@ -434,7 +435,7 @@ def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate uses what was trained."""
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv)
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
-        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between them, in ascending order')
+        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, in ascending order')
     if (args.guide is None) != (args.guidance is None):
         raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
     args.nfe = args.nfe or [args.phases]
@@ -453,7 +454,8 @@ def main(argv):
         if args.evaluate:
             evaluate(model, args, judge, nfe, guide)
         else:
-            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed, guide, args.guidance, args.eta))
+            images = sample(model, args.n, nfe, args.labels, args.seed, guide, args.guidance, args.eta)
+            common.save_sample(args, nfe, images)
 
 
 if __name__ == '__main__':
