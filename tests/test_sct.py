@@ -410,6 +410,23 @@ def test_same_seed_same_run_and_resumed_run_bit_for_bit():
     assert not torch.equal(torch.load('d/final.pt', weights_only=True)['map_layer0.weight'], weights[0]['map_layer0.weight'])
 
 
+@pytest.mark.parametrize('schedule, phases', [('ect', 1), ('smooth', 3)])
+def test_the_pairs_that_a_run_trains_on(monkeypatch, schedule, phases):
+    """Levels, their gap and the points themselves, as the loop hands them to the loss."""
+    seen, plain = [], sct.loss
+    monkeypatch.setattr(sct, 'loss', lambda net, x_t, t, x0_hat, eps_hat, r, *rest: (
+        seen.append((x_t, t, x0_hat, eps_hat, r, rest[-1])), plain(net, x_t, t, x0_hat, eps_hat, r, *rest))[1])
+    assert run(*TINY, '--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--schedule', schedule, '--phases', phases, '--stages', 4) == 0
+    edges = torch.tensor(sct.phase_edges(phases))
+    assert len(seen) == 4                                                       # the first step was pretraining
+    for step, (x_t, t, x0_hat, eps_hat, r, s) in enumerate(seen):
+        assert torch.equal(t, sct.upper_level(common.randn((64,), 0, step + 1, 'level'), -1.1, 2.0))
+        assert torch.equal(s, sct.phase_floor(t, edges))
+        assert torch.equal(r, torch.maximum(s, sct.lower_level(t, step if schedule == 'ect' else float(step))))
+        torch.testing.assert_close(x_t, x0_hat + t[:, None, None, None] * eps_hat)
+    assert (seen[-1][4] > seen[-1][5]).any() and (phases == 1 or (seen[-1][4] == seen[-1][5]).any())
+
+
 def test_microbatches_equal_the_whole_batch():
     assert run(*TINY, '--out', 'a') == run(*TINY, '--out', 'b', '--microbatch', 3) == 0
     a, b = (torch.load(f'{out}/final.pt', weights_only=True) for out in 'ab')
