@@ -106,33 +106,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind=int, low=-math.inf, high=math.inf, many=False):
-    """A type for argparse: a finite number from `low` to `high`, or with `many` a list of such, separated by commas."""
+    """A type for argparse: a finite number from `low` to `high`, or with `many` a list of such, separated by commas.
+
+    many='perhaps': one number stays a number, several are a list.
+    """
     def parse(text):
         values = [kind(part) for part in text.split(',')] if many else [kind(text)]
         if not all(low <= value <= high and value not in (math.inf, -math.inf) for value in values):
             raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
-        return values if many else values[0]
+        return values if many is True or len(values) > 1 else values[0]
     parse.__name__ = 'number'
     return parse
 
 
 # Flags that may differ between a run and its resumption: they change where and how long it runs, not what it computes.
 FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every eval_every
-    fid_num fid_ref fid_features inception dry_run debug sample evaluate benchmark n nfe labels eta guide guidance keep_ema'''.split())
+    fid_num fid_ref fid_features inception dry_run debug sample evaluate analyse benchmark n nfe labels eta guide guidance keep_ema'''.split())
 
 
-def parse_args(script, doc, presets, add_flags, argv):
-    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or sampled."""
+def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
+    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or sampled.
+
+    A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
+    `args.use` is the checkpoint of --sample, --evaluate or --analyse.
+    """
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument('--dataset')
     first.add_argument('--out')
     first.add_argument('--resume', action='store_true')
-    first.add_argument('--sample')
-    first.add_argument('--evaluate')
+    for name in ('sample', 'evaluate', 'analyse', switch):
+        first.add_argument(f'--{name}')
     peek = first.parse_known_args(argv)[0]
-    settings = {}
-    if peek.sample or peek.evaluate:
-        settings = load_checkpoint(peek.sample or peek.evaluate)['config']
+    use, settings = peek.sample or peek.evaluate or peek.analyse, {}
+    if use:
+        settings = load_checkpoint(use)['config']
         for name in ('out', 'gpus', 'device', 'compile', 'microbatch'):        # how it was trained is not how it is sampled
             settings.pop(name, None)
     elif peek.resume:
@@ -140,21 +147,23 @@ def parse_args(script, doc, presets, add_flags, argv):
     if settings.get('script', script) != script:
         raise UserError(f'that is a run of {settings["script"]}.py, not of {script}.py')
     dataset = peek.dataset or settings.get('dataset', 'shapes')
+    names = ', '.join(name for name in presets if isinstance(name, str))
     if dataset not in presets:
-        raise UserError(f'--dataset {dataset}: not known; choose from {", ".join(presets)}')
+        raise UserError(f'--dataset {dataset}: not known; choose from {names}')
+    preset = presets.get((dataset, getattr(peek, switch) or settings.get(switch)), presets[dataset])
 
     parser = Parser(prog=f'{script}.py', usage=f'python {script}.py [FLAGS]', description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', default='shapes', metavar='NAME', help=f'{", ".join(presets)}; sets the defaults of all other flags')
+    add('--dataset', default='shapes', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
     add('--data-dir', default='data', metavar='PATH', help='where data sets lie or go; for `folder`, the folder or zip of images')
     add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped to squares and resized')
     add = parser.add_argument_group('network').add_argument
     add('--arch', choices=['songunet', 'edm2'], default='songunet', help='DDPM++ or the magnitude-preserving network of EDM2')
     add('--width', type=number(int, 8), metavar='N', help='channels at multiplier 1')
     add('--mults', type=number(int, 1, many=True), metavar='N,N', help='width of each resolution, finest first')
-    add('--blocks', type=number(int, 1), metavar='N', help='residual blocks per resolution')
-    add('--dropout', type=number(float, 0, 0.99), metavar='P', help='the same mask for student and teacher')
+    add('--blocks', type=number(int, 1, many='perhaps'), metavar='N', help='residual blocks per resolution; N,N: one each')
+    add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='the same mask for student and teacher')
     add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
     add_flags(parser)
     add = parser.add_argument_group('optimisation').add_argument
@@ -192,7 +201,7 @@ def parse_args(script, doc, presets, add_flags, argv):
     add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
     add('--fid-features', choices=['inception', 'pixels'], help='inception gives FID; pixels needs no weights, gives pixel-FD')
     add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
-    parser.set_defaults(**presets[dataset] | settings)
+    parser.set_defaults(**dict(analyse=None, use=use) | preset | settings)
     for action in parser._actions:
         if action.default is not argparse.SUPPRESS and action.default not in (None, False) and action.help:
             default = ','.join(map(str, action.default)) if isinstance(action.default, list) else action.default
@@ -201,10 +210,9 @@ def parse_args(script, doc, presets, add_flags, argv):
 
     args.script, args.argv, args.out_given = script, list(argv), bool(args.out)
     args.out = args.out or f'runs/{script}-{args.dataset}'
-    for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if peek.sample or peek.evaluate else set())):
+    for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if use else set())):
         if hasattr(args, key) and getattr(args, key) != settings[key]:
             raise UserError(f'--{key.replace("_", "-")} is {getattr(args, key)}, but the run was made with {settings[key]}')
-    preset = presets[dataset]
     if args.init is None:               # the published start is for the published network
         same = all(getattr(args, name) == preset.get(name) for name in ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution'))
         args.init = (preset.get('checkpoint') if same and not args.pretrain_steps else None) or 'none'
@@ -215,7 +223,7 @@ def parse_args(script, doc, presets, add_flags, argv):
 
 def config_of(args):
     """The settings of a run as plain values, for config.json and checkpoints."""
-    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'benchmark', 'n', 'nfe', 'labels', 'guide', 'guidance'}
+    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'analyse', 'use', 'benchmark', 'n', 'nfe', 'labels', 'guide', 'guidance'}
     return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
 
 
@@ -258,7 +266,7 @@ def start(args):
         raise UserError('--device cuda: this machine has no GPU that torch can use')
     cuda = args.device != 'cpu' and torch.cuda.is_available()
     processes = world_size() if 'RANK' in env else args.gpus
-    if args.batch % processes and not (args.sample or args.evaluate):
+    if args.batch % processes and not args.use:
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
     if 'RANK' not in env and args.gpus > 1:
         if args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
@@ -361,6 +369,11 @@ def key(*parts):
 def randn(shape, *parts, device='cpu'):
     """Standard normal numbers of `shape` from the generator named by `parts`."""
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(key(*parts)), device=device)
+
+
+def rand(shape, *parts, device='cpu'):
+    """Numbers of `shape`, uniform in [0, 1), from the generator named by `parts`."""
+    return torch.rand(shape, generator=torch.Generator(device).manual_seed(key(*parts)), device=device)
 
 
 def randint(high, n, *parts):
@@ -731,7 +744,7 @@ class Clock:
 def check_out(args):
     """Refuses to write over a run unless asked to."""
     out = Path(args.out)
-    if args.benchmark or args.resume or args.overwrite or args.sample or args.evaluate:
+    if args.benchmark or args.resume or args.overwrite or args.use:
         return
     if (out / 'config.json').exists() or (out / 'checkpoint.pt').exists():
         raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, --out DIR goes elsewhere')
@@ -806,6 +819,15 @@ def load_checkpoint(path):
     except Exception as error:          # whatever torch, zip and pickle say about a file that is not theirs
         raise UserError(f'{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}')
     return state if 'config' in state else dict(ema=state, config=read_config(path.parent))
+
+
+def load_network(path, make_network, device='cpu'):
+    """The EMA network of a run (its folder, checkpoint.pt or final.pt), ready to sample; its settings are in `.config`."""
+    state = load_checkpoint(path)
+    model = make_network(argparse.Namespace(**state['config']))
+    restore(model, state['ema'], path)
+    model.config = state['config']
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def restore(module, state, path):
@@ -920,43 +942,63 @@ def save_grid(images, path, columns=None):
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
 
 
-def save_sample(args, nfe, images):
-    """The grid that --sample makes, in --out or else beside the checkpoint; from the first process."""
+def save_picture(args, name, write):
+    """`write(path)` makes what --sample or --analyse shows, in --out or else beside the checkpoint; from the first process."""
     if rank():
         return
-    source = Path(args.sample)
+    source = Path(args.use)
     folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
-    path = folder / f'sample-{nfe}-step.png'
-    folder.mkdir(parents=True, exist_ok=True)
-    save_grid(images, path)
-    say(str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / name)
+    except OSError as error:
+        raise UserError(f'{folder / name} cannot be written: {error.strerror or error}')
+    say(str(folder / name))
 
 
 def save_curves(metrics, path):
-    """The columns of a metrics.jsonl against the step, one panel each, as a PNG; smoothed to what fits on the picture."""
+    """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
     table = {}
     for line in read_metrics(metrics):
         for name, value in line.items():
             if name != 'step' and isinstance(value, (int, float)):
                 table.setdefault(name, []).append((line['step'], value))
-    width, height, margin, font = 720, 200, 70, ImageFont.load_default(13)
-    sheet = Image.new('RGB', (width, height * max(1, len(table))), 'white')
+    save_plot({name: {'': points} for name, points in table.items()}, path, 'step')
+
+
+INKS = ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
+
+
+def save_plot(panels, path, x_name):
+    """Curves as a PNG: panels {title: {name of a curve: [(x, y), ...]}}; smoothed to 200 points, log scales where values span much."""
+    width, height, margin, font = 720, 240, 74, ImageFont.load_default(13)
+    sheet = Image.new('RGB', (width, height * max(1, len(panels))), 'white')
     draw = ImageDraw.Draw(sheet)
-    for panel, (name, points) in enumerate(table.items()):
-        points = [np.mean(part, axis=0) for part in np.array_split(np.array(points, float), min(len(points), 200))]
-        steps, values = np.array(points).T
-        logarithmic = values.min() > 0 and values.max() > 20 * values.min()
-        scaled = np.log(values) if logarithmic else values
-        left, right, top, bottom = margin, width - 20, panel * height + 28, (panel + 1) * height - 30
-        span = lambda v: (v - v.min()) / (np.ptp(v) or 1)
-        xs, ys = left + span(steps) * (right - left), bottom - span(scaled) * (bottom - top)
+    spans = lambda v, much: v.min() > 0 and v.max() > much * v.min()
+    for panel, (title, curves) in enumerate(panels.items()):
+        curves = {name: np.array([np.mean(part, axis=0) for part in np.array_split(np.array(points, float), min(len(points), 200))]).T
+                  for name, points in curves.items()}
+        left, right, top, bottom = margin, width - 20, panel * height + 28, (panel + 1) * height - 44
+        scales = []
+        for i, much in ((0, 1000), (1, 20)):
+            values = np.concatenate([curve[i] for curve in curves.values()])
+            scale = np.log if spans(values, much) and not (i == 0 and x_name == 'step') else np.asarray
+            scales.append((scale, values.min(), values.max()))
+        (x_scale, x_low, x_high), (y_scale, y_low, y_high) = scales
+        place = lambda scale, v, low, high: (scale(v) - scale(low)) / ((scale(high) - scale(low)) or 1)
         draw.rectangle([left, top, right, bottom], outline='#bbbbbb')
-        draw.text((left, top - 20), name + (' (log scale)' if logarithmic else ''), 'black', font)
-        for y, value in [(top, values.max()), (bottom, values.min())]:
-            draw.text((left - 6, y), f'{value:.4g}', 'black', font, anchor='rm')
-        draw.text((left, bottom + 8), f'step {steps[0]:,.0f}', 'black', font)
-        draw.text((right, bottom + 8), f'{steps[-1]:,.0f}', 'black', font, anchor='ra')
-        draw.line(list(zip(xs, ys)), fill='#1f5fbf', width=2)
-        if len(points) == 1:
-            draw.ellipse([xs[0] - 3, ys[0] - 3, xs[0] + 3, ys[0] + 3], fill='#1f5fbf')
+        draw.text((left, top - 20), title + ' (log scale)' * (y_scale is np.log), 'black', font)
+        for share in (0, 0.5, 1):                               # ticks: the ends, and the middle as the scale has it
+            tick = lambda scale, low, high: np.exp((1 - share) * np.log(low) + share * np.log(high)) if scale is np.log else low + share * (high - low)
+            x, y = left + share * (right - left), bottom - share * (bottom - top)
+            draw.text((left - 6, y), f'{tick(y_scale, y_low, y_high):.4g}', 'black', font, anchor='rm')
+            draw.text((x, bottom + 8), f'{tick(x_scale, x_low, x_high):,.5g}', 'black', font, anchor=['la', 'ma', 'ra'][round(2 * share)])
+        draw.text(((left + right) / 2, bottom + 24), x_name, 'black', font, anchor='ma')
+        for i, (name, (x, y)) in enumerate(curves.items()):
+            xs = left + place(x_scale, x, x_low, x_high) * (right - left)
+            ys = bottom - place(y_scale, y, y_low, y_high) * (bottom - top)
+            draw.line(list(zip(xs, ys)), fill=INKS[i], width=2)
+            if len(x) == 1:
+                draw.ellipse([xs[0] - 3, ys[0] - 3, xs[0] + 3, ys[0] + 3], fill=INKS[i])
+            draw.text((right - 90 * (len(curves) - i), top - 20), name, INKS[i], font)
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))

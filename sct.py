@@ -39,13 +39,12 @@ import copy
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import common
 import fid
-from unet import EDM2_WIDTHS, EDM2UNet, SongUNet, load_pretrained, load_weights
+from unet import EDM2_WIDTHS, load_pretrained, load_weights, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
@@ -116,17 +115,6 @@ def phase_floor(t, edges):
 
 
 # 3. Model
-
-def make_network(args):
-    """The network F of random weights that the settings describe."""
-    config = dict(img_resolution=args.resolution, in_channels=args.in_channels, out_channels=args.in_channels,
-                  label_dim=args.label_dim, model_channels=args.width, channel_mult=args.mults, num_blocks=args.blocks,
-                  attn_resolutions=args.attn_resolutions, dropout=args.dropout)
-    try:
-        return EDM2UNet(**config, dropout_res=args.dropout_res) if args.arch == 'edm2' else SongUNet(**config)
-    except ValueError as error:                                 # widths and resolutions that do not go together
-        raise common.UserError(f'--arch {args.arch}: {error}')
-
 
 def f(net, x, t, y=None, m=0.0):
     """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), equal to x at t = m.
@@ -284,12 +272,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
 
 def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    state = common.load_checkpoint(path)
-    config = ECT | state['config']
-    model = make_network(SimpleNamespace(**config))
-    common.restore(model, state['ema'], path)
-    model.config = config
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return common.load_network(path, make_network, device)
 
 
 # 7. Training
@@ -443,10 +426,10 @@ def main(argv):
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
     if args.dry_run:
         return common.say(json.dumps(common.config_of(args), indent=2))
-    if not (args.sample or args.evaluate):
+    if not args.use:
         return train(args)
     device = common.start(args)
-    model, guide = load(args.sample or args.evaluate, device), load(args.guide, device) if args.guide else None
+    model, guide = load(args.use, device), load(args.guide, device) if args.guide else None
     model.config['precision'] = args.precision
     if args.evaluate:
         judge = fid.prepare(args, None if args.fid_ref else common.load_data(args), device)
@@ -455,7 +438,7 @@ def main(argv):
             evaluate(model, args, judge, nfe, guide)
         else:
             images = sample(model, args.n, nfe, args.labels, args.seed, guide, args.guidance, args.eta)
-            common.save_sample(args, nfe, images)
+            common.save_picture(args, f'sample-{nfe}-step.png', lambda path: common.save_grid(images, path))
 
 
 if __name__ == '__main__':

@@ -372,10 +372,10 @@ class EDM2UNet(nn.Module):
                  label_dim=0,                   # number of classes, 0 = unconditional
                  model_channels=192,            # width at channel_mult 1: EDM2_WIDTHS
                  channel_mult=(1, 2, 3, 4),     # width of each resolution, finest first, in model_channels
-                 num_blocks=3,                  # residual blocks per resolution
+                 num_blocks=3,                  # residual blocks per resolution: one number, or one each
                  attn_resolutions=(16, 8),      # resolutions with self-attention (the bottom of the U has one always)
                  channels_per_head=64,          # width of an attention head
-                 dropout=0.0,                   # dropout within the blocks,
+                 dropout=0.0,                   # dropout within the blocks: one number, or one each resolution,
                  dropout_res=None):             # of this and coarser resolutions; None = of all
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]
@@ -388,7 +388,7 @@ class EDM2UNet(nn.Module):
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         self.enc[f'{img_resolution}x{img_resolution}_conv'] = MPConv(in_channels + 1, model_channels, 3)
-        num_blocks = [num_blocks] * len(widths)
+        num_blocks, dropout = per_level(num_blocks, len(widths), 'num_blocks'), per_level(dropout, len(widths), 'dropout')
         for part, level, name, kind, cin, cout in u_shape(img_resolution, widths, model_channels, num_blocks):
             res = img_resolution >> level
             attention = kind == 'in0' or res in attn_resolutions and 'block' in kind
@@ -397,7 +397,7 @@ class EDM2UNet(nn.Module):
             getattr(self, part)[name] = MPBlock(
                 cin, cout, max(widths), part == 'enc', up=kind == 'up', down=kind == 'down',
                 heads=cout // channels_per_head if attention else 0,
-                dropout=dropout if dropout_res is None or res <= dropout_res else 0.0)
+                dropout=dropout[level] if dropout_res is None or res <= dropout_res else 0.0)
         self.out_conv = MPConv(widths[0], out_channels, 3)
 
     def forward(self, x, noise_labels, class_labels=None):
@@ -414,6 +414,18 @@ class EDM2UNet(nn.Module):
         for name, layer in self.dec.items():
             x = layer(mp_cat(x, skips.pop()) if '_block' in name else x, emb)
         return self.out_conv(x, gain=self.out_gain)
+
+
+def make_network(args, **changes):
+    """The network of random weights that the flags --arch, --width, ... in `args` describe; `changes` to its arguments."""
+    import common           # here and not above, so that the networks can be copied without it
+    config = dict(img_resolution=args.resolution, in_channels=args.in_channels, out_channels=args.in_channels,
+                  label_dim=args.label_dim, model_channels=args.width, channel_mult=args.mults, num_blocks=args.blocks,
+                  attn_resolutions=args.attn_resolutions, dropout=args.dropout)
+    try:
+        return EDM2UNet(**config | dict(dropout_res=args.dropout_res) | changes) if args.arch == 'edm2' else SongUNet(**config | changes)
+    except ValueError as error:                                 # widths and resolutions that do not go together
+        raise common.UserError(f'--arch {args.arch}: {error}')
 
 
 # 3. Published checkpoints

@@ -385,31 +385,6 @@ def test_a_run_writes_its_folder(flags):
     assert all(isinstance(value, torch.Tensor) for value in state.values()) and 'enc.16x16_conv.weight' in state
 
 
-def test_same_seed_same_run_and_resumed_run_bit_for_bit():
-    flags = [*TINY, '--dropout', '0.3', '--steps', '6', '--pretrain-steps', '2', '--save-every', '3']
-    flags = [*flags, '--phases', '2']
-    assert run(*flags, '--out', 'a') == run(*flags, '--out', 'b') == 0
-    weights = [torch.load(f'{out}/final.pt', weights_only=True) for out in 'ab']
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-    class Stop(Exception):
-        pass
-    original, common.save_checkpoint = common.save_checkpoint, lambda *a, **k: (original(*a, **k), (_ for _ in ()).throw(Stop()))
-    try:
-        with pytest.raises(Stop):
-            run(*flags, '--out', 'c')
-    finally:
-        common.save_checkpoint = original
-    with open('c/metrics.jsonl', 'a') as file:              # steps after the checkpoint are done again, and noted once
-        file.write('{"step": 4, "loss": 0.0, "grad_norm": 1.0}\n')
-    assert run('--resume', '--out', 'c') == 0
-    weights.append(torch.load('c/final.pt', weights_only=True))
-    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
-    assert lines('a') == lines('c')
-    assert run(*flags, '--out', 'd', '--seed', 1) == 0
-    assert not torch.equal(torch.load('d/final.pt', weights_only=True)['map_layer0.weight'], weights[0]['map_layer0.weight'])
-
-
 @pytest.mark.parametrize('schedule, phases', [('ect', 1), ('smooth', 3)])
 def test_the_pairs_that_a_run_trains_on(monkeypatch, schedule, phases):
     """Levels, their gap and the points themselves, as the loop hands them to the loss."""
@@ -425,14 +400,6 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, schedule, phases):
         assert torch.equal(r, torch.maximum(s, sct.lower_level(t, step if schedule == 'ect' else float(step))))
         torch.testing.assert_close(x_t, x0_hat + t[:, None, None, None] * eps_hat)
     assert (seen[-1][4] > seen[-1][5]).any() and (phases == 1 or (seen[-1][4] == seen[-1][5]).any())
-
-
-def test_microbatches_equal_the_whole_batch():
-    assert run(*TINY, '--out', 'a') == run(*TINY, '--out', 'b', '--microbatch', 3) == 0
-    a, b = (torch.load(f'{out}/final.pt', weights_only=True) for out in 'ab')
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose([line['loss'] for line in lines('a')[:4]], [line['loss'] for line in lines('b')[:4]], rtol=1e-4)
 
 
 @pytest.mark.parametrize('ref_size', ['batch', 'all'])
@@ -468,25 +435,6 @@ def test_sampling():
     for source in ('runs/sct-shapes', 'runs/sct-shapes/checkpoint.pt', 'runs/sct-shapes/final.pt'):
         assert run('--sample', source, '--n', 6, '--nfe', '1,4', '--labels', '1,2') == 0
     assert {p.name for p in Path('runs/sct-shapes').glob('*.png')} >= {'sample-1-step.png', 'sample-4-step.png'}
-
-
-def test_lots_of_samples_go_through_all_classes():
-    """150 classes in lots of 100: every class is sampled equally often."""
-    labels = torch.cat([common.choose_labels(100, None, 150, first=100 * j) for j in range(3)])
-    assert labels.bincount().tolist() == [2] * 150
-    asked, model = [], model_of(lambda x, c, y=None: torch.zeros_like(x), label_dim=150)
-    model.label_dim, model.forward = 150, lambda x, c, y=None: (asked.append(y.argmax(1)), torch.zeros_like(x))[1]
-    args = common.argparse.Namespace(labels=None, seed=0, guidance=None, eta=None, fid_num=300)
-    judge = fid.Judge(lambda x: x.flatten(1).double() + torch.rand(len(x), 3), 'pixel-FD', (np.zeros(3), np.eye(3), 9), 'x', True)
-    sct.evaluate(model, args, judge, 1)
-    assert torch.cat(asked).bincount().tolist() == [2] * 150
-
-
-def test_evaluation_prints_what_it_measured(capsys):
-    assert run(*TINY) == 0
-    assert run('--evaluate', 'runs/sct-shapes', '--nfe', '1,2', '--fid-num', 50) == 0
-    out = capsys.readouterr().out
-    assert 'pixel-FD (50 images against the 200 training images), 1 step: ' in out and '2 steps: ' in out
 
 
 def test_an_earlier_self_is_kept_and_guides(capsys):
@@ -539,13 +487,6 @@ def test_edm2_trains_and_samples():
     assert images.shape == (4, 3, 16, 16) and images.isfinite().all()
 
 
-def test_precision_of_sampling_is_the_flags(tmp_path):
-    assert run(*TINY) == 0
-    for precision in ('fp32', 'bf16'):
-        assert run('--sample', 'runs/sct-shapes', '--precision', precision, '--out', precision) == 0
-    assert Path('fp32/sample-1-step.png').read_bytes() != Path('bf16/sample-1-step.png').read_bytes()
-
-
 @pytest.mark.parametrize('arch', [[], ['--arch', 'edm2', '--width', '64']])
 def test_noise_levels_are_float32_in_16_bit_networks(arch):
     """Neighbouring levels t and r differ as they do in float32: their embedding is not rounded to 16 bits."""
@@ -558,25 +499,6 @@ def test_noise_levels_are_float32_in_16_bit_networks(arch):
         common.network(model, precision, torch.device('cpu'))(torch.zeros(2, 3, 16, 16), t.log() / 4, torch.tensor([0, 0]))
         hook.remove()
     assert torch.equal(outs['fp32'], outs['bf16']) and not torch.equal(*outs['fp32'])
-
-
-def test_a_resumed_run_keeps_its_longer_end():
-    assert run(*TINY) == 0 and run('--resume', '--out', 'runs/sct-shapes', '--steps', 6) == 0
-    assert json.loads(Path('runs/sct-shapes/config.json').read_text())['steps'] == 6
-
-
-def test_zip_as_data_dir_and_labels_in_the_name(capsys, refused, tmp_path):
-    import zipfile
-    from PIL import Image
-    for i in range(6):
-        Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(tmp_path / f'{i}.png')
-    with zipfile.ZipFile(tmp_path / 'p.zip', 'w') as archive:
-        for i in range(6):
-            archive.write(tmp_path / f'{i}.png', f'class{i % 2}/{i}.png')
-    folder = ['--dataset', 'folder', '--data-dir', 'p.zip', *TINY, '--mults', '1,1', '--fid-features', 'pixels', '--fid-num', 9]
-    assert run(*folder, '--cond', '--out', 'a') == 0 and run('--evaluate', 'a', '--labels', 1) == 0
-    assert 'classes [1] only' in capsys.readouterr().out
-    refused(sct, [*folder, '--init', 'http://127.0.0.1:9/n.pkl', '--out', 'b'], 'could not be downloaded')
 
 
 def test_wrong_flags(refused, tmp_path, monkeypatch):
@@ -614,49 +536,6 @@ def test_wrong_flags(refused, tmp_path, monkeypatch):
         refused(sct, '--device cuda --out x', 'no GPU')
         refused(sct, '--gpus 8 --out x', '--gpus 8')
     assert not Path('x').exists() and sorted(p.name for p in tmp_path.iterdir()) == ['file', 'runs']
-
-
-def test_help_shows_the_settings_in_force(capsys):
-    with pytest.raises(SystemExit):
-        sct.main(['--dataset', 'cifar10', '--help'])
-    text = ' '.join(capsys.readouterr().out.split())
-    assert '[400000]' in text and '[128]' in text and '--ref-size' in text
-
-
-def test_dry_run_writes_nothing(capsys, tmp_path):
-    assert run('--dataset', 'cifar10', '--dry-run') == 0
-    assert json.loads(capsys.readouterr().out)['batch'] == 128 and not list(tmp_path.iterdir())
-
-
-def test_benchmark_accounts_for_the_step(capsys, tmp_path):
-    assert run(*TINY, '--benchmark', 3) == 0
-    out = capsys.readouterr().out
-    for part in ('img/s', 'data', 'reference mean', 'forward', 'backward', 'optimiser', 'EMA', 'peak memory'):
-        assert part in out
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('number, gpus', [('SIGINT', 1), ('SIGTERM', 1), ('SIGINT', 2)])
-def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, number, gpus):
-    import os, signal, subprocess, sys, time
-    from conftest import ROOT
-    process = subprocess.Popen([sys.executable, str(ROOT / 'sct.py'), *TINY, '--steps', '100000', '--resolution', '8', '--device', 'cpu',
-                                '--gpus', str(gpus)], stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
-    metrics = tmp_path / 'runs/sct-shapes/metrics.jsonl'
-    while not (metrics.exists() and metrics.read_text().count('\n') > 2):
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, getattr(signal, number))                             # as a terminal does: to the whole group
-    out, _ = process.communicate(timeout=60)
-    step = lines(tmp_path / 'runs/sct-shapes')[-1]['step']
-    assert process.returncode == 0 and f'python sct.py --resume --out runs/sct-shapes' in out
-    assert torch.load(tmp_path / 'runs/sct-shapes/checkpoint.pt', weights_only=True)['step'] == step
-
-
-def test_divergence_stops_the_run(capsys):
-    assert run(*TINY, '--steps', 40, '--lr', '1e30', '--save-every', 5) == 1
-    error = capsys.readouterr().err
-    assert error.count('\n') == 1 and '20 steps in a row' in error and not Path('runs/sct-shapes/final.pt').exists()
 
 
 @pytest.mark.assets

@@ -1,0 +1,383 @@
+"""gc_ct.py against the published code's numbers (`gc_losses.npz`: thibautissenhuth/consistency_GC; `ect_losses.npz`:
+locuslab/ect), Gaussian data whose consistency function is known, and brute force."""
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import gc_ct
+
+GC = np.load(Path(__file__).parent / 'data/gc_losses.npz')
+ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
+STEPS = [0, 50_000, 99_999]
+M = gc_ct.SIGMA_MIN
+TINY = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4']
+
+
+def tensor(golden, name):
+    return torch.from_numpy(golden[name])
+
+
+def toy(scale):
+    """The networks of the reference files: online with 0.1, moving average with 0.2."""
+    return lambda x_in, c_noise, y=None: torch.tanh(x_in) * torch.cos(c_noise)[:, None, None, None] + scale * x_in
+
+
+def close(a, b, rtol=1e-4, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
+
+
+def levels(step):
+    return torch.tensor(gc_ct.rho_levels(gc_ct.num_levels(step, 100_000) - 1))
+
+
+# The published mathematics
+
+def test_number_of_levels_is_the_published_one():
+    assert [gc_ct.num_levels(int(k), 100_000) for k in GC['steps']] == GC['num_sigmas'].tolist()
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_pair_probabilities_are_the_published_ones(step):
+    p = gc_ct.pair_probabilities(levels(step), -1.1, 2.0)
+    close(p[:8], GC[f'{step}:pdf_first8'], atol=1e-7)
+    assert abs(p.sum() - 1) < 1e-12 and len(p) == len(levels(step)) - 1
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_endpoints_are_the_published_ones(step):
+    """For those who get one; the others keep their image."""
+    index, chosen = tensor(GC, f'{step}:index'), tensor(GC, 'use_gc')
+    x_hat = gc_ct.generator_coupling(toy(0.2), tensor(GC, 'x'), tensor(GC, 'z'), levels(step)[index], None, chosen, M)
+    close(x_hat[chosen], GC[f'{step}:endpoint'][GC['use_gc']])
+    assert torch.equal(x_hat[~chosen], tensor(GC, 'x')[~chosen])
+
+
+@pytest.mark.parametrize('step', STEPS)
+def test_loss_is_the_published_one(step):
+    """Endpoints, distance and weight together, from the images and the draws."""
+    i, sigmas = tensor(GC, f'{step}:index'), levels(step)
+    t, r = sigmas[i + 1], sigmas[i]
+    x_hat = gc_ct.generator_coupling(toy(0.2), tensor(GC, 'x'), tensor(GC, 'z'), r, None, tensor(GC, 'use_gc'), M)
+    value = gc_ct.loss(toy(0.1), x_hat, tensor(GC, 'z'), t, r, c=0.00054, m=M)
+    close(value, GC[f'{step}:weighted'], rtol=2e-4)
+    close(value * (t - r), GC[f'{step}:distance'], rtol=2e-4)
+
+
+def test_level_pairs_follow_the_probabilities():
+    """A million draws, against the expected counts (five standard deviations); neighbours in the table."""
+    sigmas, cumulated = gc_ct.level_table(21, -1.1, 2.0, torch.device('cpu'))
+    t, r = gc_ct.level_pair(common.rand((1_000_000,), 'u'), sigmas, cumulated)
+    i = torch.searchsorted(sigmas, r)
+    assert torch.equal(sigmas[i], r) and torch.equal(sigmas[i + 1], t)
+    p = gc_ct.pair_probabilities(sigmas, -1.1, 2.0)
+    assert ((i.bincount(minlength=20) - 1e6 * p).abs() < 5 * (1e6 * p).sqrt() + 1).all()
+    t, r = gc_ct.level_pair(torch.tensor([0.0, 1.0]), sigmas, cumulated)                # the ends of the unit interval
+    close(torch.stack([t, r]), [[sigmas[1], 80], [sigmas[0], sigmas[-2]]])
+
+
+@pytest.mark.parametrize('name', [name for name in ECT.files if name.startswith('r_q')])
+def test_ects_lower_level(name):
+    q, k, b, stage = (float(part.lstrip('qkbstage')) for part in name.split('_')[1:])
+    close(gc_ct.lower_level(tensor(ECT, 't'), stage, q, k, b), ECT[name])
+
+
+@pytest.mark.parametrize('stage', [0, 3, 7])
+def test_ects_loss(stage):
+    name = f'loss_c0.0_stage{stage}'
+    t = gc_ct.upper_level(tensor(ECT, f'{name}:randn_t'), -1.1, 2.0)
+    close(gc_ct.loss(toy(0.1), tensor(ECT, 'x'), tensor(ECT, f'{name}:eps'), t, gc_ct.lower_level(t, stage)), ECT[name])
+
+
+def test_generated_endpoints_at_level_zero_are_the_images():
+    """ECT's r = 0, where the network is not defined: no NaN either."""
+    x0, z, r = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.0, 0.5, 0.0])
+    x_hat = gc_ct.generator_coupling(toy(0.1), x0, z, r, None, torch.ones(3, dtype=torch.bool))
+    assert torch.equal(x_hat[[0, 2]], x0[[0, 2]]) and x_hat.isfinite().all() and not torch.equal(x_hat[1], x0[1])
+
+
+def test_boundary_condition():
+    x, t = torch.randn(3, 3, 4, 4), torch.tensor([0.002, 1.0, 80.0])
+    torch.testing.assert_close(gc_ct.f(toy(0.1), x, t, m=M)[0], x[0])
+    near = gc_ct.f(toy(0.1), x, torch.full((3,), 1e-6))
+    torch.testing.assert_close(near, x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('t', [0.1, 2.0, 80.0])
+def test_posterior_mean_is_exact(t):
+    """Against float64 distances, with and without classes."""
+    data = common.shapes(300, 8)
+    x_t, level = common.normalise(data.images[:16]) + t * common.randn((16, 3, 8, 8), 'n'), torch.full((16,), t)
+    d2 = torch.cdist(x_t.double().flatten(1), common.normalise(data.images).double().flatten(1)).square()
+    for allowed in (None, data.labels[:16, None] == data.labels):
+        logits = -d2 / (2 * t ** 2) if allowed is None else (-d2 / (2 * t ** 2)).masked_fill(~allowed, -torch.inf)
+        expected = (logits.softmax(1) @ common.normalise(data.images).double().flatten(1)).view_as(x_t)
+        torch.testing.assert_close(gc_ct.posterior_mean(x_t, level, data.images, allowed).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_decay_of_the_moving_average():
+    for step, decay in [(0, 0.0), (5, 1 - 6 ** (-2 / 3)), (50, 1 - 51 ** (-2 / 3)), (5000, 1 - 5001 ** (-2 / 3)), (1_000_000, 0.9999)]:
+        assert abs(gc_ct.ema_decay(step, 0.9999) - decay) < 1e-12
+
+
+# Couplings
+
+def test_assignment_is_optimal():
+    pytest.importorskip('scipy')
+    for seed in range(5):
+        x0, z = common.randn((6, 3, 2, 2), seed, 'x'), common.randn((6, 3, 2, 2), seed, 'z')
+        cost = lambda order: (x0[list(order)] - 80 * z).square().sum().item()
+        best = min(itertools.permutations(range(6)), key=cost)
+        assert gc_ct.optimal_transport(x0, z).tolist() == list(best)
+
+
+def test_without_scipy_one_line_says_what_to_install(monkeypatch, refused):
+    import sys
+    monkeypatch.setitem(sys.modules, 'scipy.optimize', None)
+    refused(gc_ct, '--coupling ot --out x', 'pip install scipy')
+
+
+def exact(x_in, c_noise, y=None):
+    """F of the exact consistency function x / sqrt(1 + t²) of N(0, 1), with f(x, 0) = x."""
+    t = (4 * c_noise).exp()[:, None, None, None]
+    x = x_in * (0.25 + t ** 2).sqrt()
+    return (x / (1 + t ** 2).sqrt() - 0.25 / (t ** 2 + 0.25) * x) / (0.5 * t / (t ** 2 + 0.25).sqrt())
+
+
+def test_generated_pairs_are_nearer_than_independent_ones():
+    """The paper's theorem in numbers. For N(0, 1) and the exact endpoint, E|x_hat - z|² = 2 - 2 sigma / sqrt(1 + sigma²)."""
+    x0, z = torch.randn(100_000, 1, 1, 1), torch.randn(100_000, 1, 1, 1)
+    before = 2.0
+    for sigma in gc_ct.rho_levels(10)[1:]:
+        x_hat = gc_ct.generator_coupling(exact, x0, z, torch.full((100_000,), sigma), None, torch.ones(100_000, dtype=torch.bool))
+        ic, gc = (x0 - z).square().mean().item(), (x_hat - z).square().mean().item()
+        assert gc < ic and gc <= before + 0.01
+        assert abs(gc - (2 - 2 * sigma / math.sqrt(1 + sigma ** 2))) < 0.03
+        assert abs(x_hat.square().mean() - 1) < 0.03                            # and the endpoints are distributed as the data
+        before = gc
+
+
+def test_diagnostics_on_a_data_set_of_two_points():
+    """Images 0 and 255, so -1 and 1: E[x0 | x_t] = tanh(x_t / t²), and all is known in closed form."""
+    images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None]
+    x0, z = torch.tensor([-1.0, 1.0, 1.0])[:, None, None, None], torch.tensor([0.5, -0.2, 1.5])[:, None, None, None]
+    sigma, order = 0.7, torch.tensor([1, 0, 2])
+    net = lambda x, c, y=None: torch.zeros_like(x)                              # x_hat = c_skip x
+    results = gc_ct.diagnostics(net, x0, z, None, images, None, sigma, 0.0, order)
+    x_hat = 0.25 / (sigma ** 2 + 0.25) * (x0 + sigma * z)
+    for name, x in (('IC', x0), ('OT', x0[order]), ('GC', x_hat)):
+        x_t = x + sigma * z
+        v = (x_t - torch.tanh(x_t / sigma ** 2)) / sigma
+        close(results[name], [(x - z).square().mean(), (z - v).square().mean()])
+    labels, y = torch.tensor([0, 1]), torch.tensor([0, 1, 1])                   # a class has one image: its direction is z itself
+    assert gc_ct.diagnostics(net, x0, z, y, images, labels, sigma)['IC'][1] < 1e-10
+
+
+# Lion
+
+def test_lion_is_its_five_lines():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
+    theirs, momenta = [p.detach().clone() for p in ours], [torch.zeros_like(p) for p in ours]
+    optimizer = gc_ct.Lion(ours, lr=0.01, betas=(0.9, 0.99))
+    for step in range(20):
+        if step == 10:                                                          # saved and brought back
+            state = optimizer.state_dict()
+            optimizer = gc_ct.Lion(ours, lr=1.0, betas=(0.5, 0.5))
+            optimizer.load_state_dict(state)
+        for i, p in enumerate(ours):
+            p.grad = torch.randn_like(p)
+            theirs[i] -= 0.01 * torch.sign(0.9 * momenta[i] + 0.1 * p.grad)
+            momenta[i] = momenta[i].lerp(p.grad, 1 - 0.99)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+# Oracle
+
+@pytest.mark.parametrize('mu, numbers', [(0.0, 1), (0.5, 768)])
+def test_training_approaches_the_exact_consistency_function(mu, numbers):
+    """N(0, I) data, a small network, this script's own pairs, endpoints and loss: f -> x / sqrt(1 + t²).
+
+    Error bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80. Generated pairs have a flow of
+    their own, which a network must tell from that of the data: in 768 numbers it can, by |x|; in one it cannot (13 %).
+    """
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
+
+    def net(x_in, c_noise, y=None):
+        c, size = c_noise[:, None], 4 * (x_in.flatten(1).square().mean(1, keepdim=True).sqrt() - 1)
+        return x_in * (1 + layers(torch.cat([size, c, c.square()], 1)))[:, :, None, None]
+    steps, optimizer = 2000, torch.optim.Adam(layers.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for step in range(steps):
+        x0, z = (common.randn((256, 1, 1, numbers), step, stream) for stream in 'xz')
+        table = gc_ct.level_table(gc_ct.num_levels(step, steps, 10, 160), 0.5, 2.0, torch.device('cpu'))
+        t, r = gc_ct.level_pair(common.rand((256,), step, 't'), *table)
+        x_hat = gc_ct.generator_coupling(net, x0, z, r, None, common.rand((256,), step, 'mix') < mu, M)
+        optimizer.zero_grad()
+        gc_ct.loss(net, x_hat, z, t, r, c=0.00054, m=M).mean().backward()
+        optimizer.step()
+        schedule.step()
+    t = torch.logspace(math.log10(0.02), math.log10(80), 40).repeat_interleave(max(100, 20_000 // numbers))
+    x = (1 + t ** 2).sqrt()[:, None, None, None] * torch.randn(len(t), 1, 1, numbers)
+    with torch.no_grad():
+        error = gc_ct.f(net, x, t, m=M) - x / (1 + t ** 2).sqrt()[:, None, None, None]
+    assert error.square().mean().sqrt() < 0.05, error.square().mean().sqrt()
+
+
+# Runs
+
+def run(*flags):
+    return common.run(gc_ct.main, [str(flag) for flag in flags])
+
+
+def weights(out):
+    return torch.load(f'{out}/final.pt', weights_only=True)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+
+
+def settings(capsys, *flags):
+    assert run(*flags, '--dry-run') == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw = common.shapes
+    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
+
+
+@pytest.mark.parametrize('flags', [['--no-cond'], ['--coupling', 'ic'], ['--coupling', 'ot'], ['--endpoint', 'online'],
+                                   ['--schedule', 'ect', '--pretrain-steps', 2], ['--dropout', '0.2,0,0', '--blocks', '1,2,1'],
+                                   ['--schedule', 'ect', '--pretrain-steps', 0, '--coupling', 'ic', '--precision', 'bf16']])
+def test_every_way_to_train(flags):
+    if 'ot' in flags:
+        pytest.importorskip('scipy')
+    assert run(*TINY, '--sample-every', 4, '--eval-every', 4, '--fid-num', 10, *flags) == 0
+    lines = [json.loads(line) for line in Path('runs/gc_ct-shapes/metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4] and all(math.isfinite(line.get('loss', 0)) for line in lines)
+    assert any(name.startswith('pixel-FD (10 images') for name in lines[-1])
+
+
+def test_without_generated_endpoints_gc_is_ict_bit_for_bit():
+    assert run(*TINY, '--mu', 0, '--out', 'gc') == run(*TINY, '--coupling', 'ic', '--out', 'ic') == run(*TINY, '--out', 'half') == 0
+    assert same('gc', 'ic') and not same('gc', 'half')
+
+
+@pytest.mark.parametrize('endpoint', ['ema', 'online'])
+def test_the_pairs_that_a_run_trains_on(monkeypatch, endpoint):
+    """Images, noise, levels and endpoints, as the loop hands them to the loss; mu = 1 uses generated endpoints only."""
+    seen, asked = [], []
+    plain_loss, plain_coupling = gc_ct.loss, gc_ct.generator_coupling
+    monkeypatch.setattr(gc_ct, 'generator_coupling', lambda net, *rest: (asked.append((net, rest)), plain_coupling(net, *rest))[1])
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, *rest: (seen.append((x0, z, t, r)), plain_loss(net, x0, z, t, r, *rest))[1])
+    assert run(*TINY, '--batch', 64, '--steps', 3, '--mu', 1, '--endpoint', endpoint, '--no-cond', '--lr', 0) == 0
+    data, net = common.shapes(), asked[0][0]
+    assert len({id(call[0]) for call in asked}) == 1
+    for step, (x_hat, z, t, r) in enumerate(seen):
+        index = common.batch_indices(200, 64, step, 0)
+        assert torch.equal(z, common.randn((64, 3, 16, 16), 0, step, 'noise'))
+        x0 = common.normalise(data.images[index])
+        assert not (x_hat == x0).flatten(1).all(1).any()
+        with torch.no_grad():
+            torch.testing.assert_close(x_hat, gc_ct.f(net, x0 + r[:, None, None, None] * z, r, None, M), rtol=1e-4, atol=1e-5)
+        sigmas = torch.tensor(gc_ct.rho_levels(gc_ct.num_levels(step, 3, 10, 80) - 1))
+        u = common.rand((64,), 0, step, 'level')
+        i = torch.searchsorted(gc_ct.pair_probabilities(sigmas, -1.1, 2.0).cumsum(0).float(), u, right=True).clamp(max=len(sigmas) - 2)
+        assert torch.equal(t, sigmas[i + 1]) and torch.equal(r, sigmas[i])
+        assert asked[step][1][4].all()
+    before = asked[0][1]
+    assert run(*TINY, '--batch', 64, '--steps', 1, '--mu', 0.5, '--no-cond', '--out', 'half') == 0
+    assert torch.equal(asked[-1][1][4], common.rand((64,), 0, 0, 'mix') < 0.5) and before is not None
+
+
+def test_endpoint_network_is_the_average_or_the_online_one(monkeypatch):
+    """After training with a rate the two differ; each run must ask its own. The average has no dropout."""
+    for endpoint in ('ema', 'online'):
+        networks, plain = [], common.network
+        monkeypatch.setattr(common, 'network', lambda net, *rest: (networks.append(net), plain(net, *rest))[1])
+        assert run(*TINY, '--endpoint', endpoint, '--out', endpoint, '--sample-every', 100, '--dropout', 0.1) == 0
+        monkeypatch.setattr(common, 'network', plain)
+        student, teacher, asked = networks[:3]
+        assert (asked is student) == (endpoint == 'online') and asked.training == (endpoint == 'online')
+    assert not same('ema', 'online')
+
+
+def test_transport_moves_labels_with_their_images(monkeypatch):
+    pytest.importorskip('scipy')
+    seen, plain = [], gc_ct.loss
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, y, *rest: (seen.append((x0, z, y)), plain(net, x0, z, t, r, y, *rest))[1])
+    assert run(*TINY, '--batch', 32, '--steps', 1, '--coupling', 'ot') == 0
+    x0, z, y = seen[0]
+    data, index = common.shapes(), common.batch_indices(200, 32, 0, 0)
+    label = {tuple(common.normalise(data.images[i]).flatten().tolist()): int(data.labels[i]) for i in index}
+    assert [label[tuple(x.flatten().tolist())] for x in x0] == y.tolist()
+    plain_cost = (common.normalise(data.images[index]) - z).square().sum()
+    assert (x0 - z).square().sum() < plain_cost
+
+
+def test_settings_that_depend_on_coupling_and_schedule(capsys):
+    assert settings(capsys, '--dataset', 'cifar10')['dropout'] == 0 and settings(capsys, '--dataset', 'cifar10')['mu'] == 0.5
+    assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic')['dropout'] == 0.3
+    assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ot', '--dropout', 0.1)['dropout'] == 0.1
+    tuning = settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect')
+    assert (tuning['mu'], tuning['optimizer'], tuning['c'], tuning['init'], tuning['batch']) == (0.3, 'RAdam', 0, gc_ct.EDM_URL, 128)
+    assert settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect', '--pretrain-steps', 5)['init'] == 'none'
+    assert settings(capsys, '--dataset', 'imagenet32')['blocks'] == [3, 5, 7]
+
+
+def test_the_papers_network_has_35_8_million_parameters(capsys):
+    args = common.argparse.Namespace(**settings(capsys, '--dataset', 'cifar10'), in_channels=3, label_dim=0)
+    with torch.device('meta'):
+        assert sum(p.numel() for p in gc_ct.make_network(args).parameters()) == 35_766_531
+
+
+def test_sampling_takes_levels_downwards_with_fresh_noise():
+    assert run(*TINY) == 0
+    model = gc_ct.load('runs/gc_ct-shapes')
+    net, y = common.network(model, 'fp32', torch.device('cpu')), torch.arange(12) % 10
+    z = [common.randn((12, 3, 16, 16), 3, i, 'sample') for i in range(3)]
+    x = gc_ct.f(net, 80 * z[0], torch.full((12,), 80.0), y, M)
+    torch.testing.assert_close(gc_ct.sample(model, 12, seed=3), x.clamp(-1, 1))
+    two = gc_ct.f(net, x + 0.821 * z[1], torch.full((12,), 0.821), y, M)
+    torch.testing.assert_close(gc_ct.sample(model, 12, 2, seed=3), two.clamp(-1, 1))
+    for level, noise in zip(gc_ct.rho_levels(3)[2:0:-1], z[1:]):
+        x = gc_ct.f(net, x + level * noise, torch.full((12,), level), y, M)
+    torch.testing.assert_close(gc_ct.sample(model, 12, 3, seed=3), x.clamp(-1, 1))
+
+
+def test_analysis_prints_and_draws(capsys):
+    assert run(*TINY) == 0 and run('--analyse', 'runs/gc_ct-shapes') == 0
+    out = capsys.readouterr().out
+    table = [line.split() for line in out.splitlines() if line[:8].strip().replace('.', '').replace('e-', '').isdigit()]
+    assert len(table) == 12 and float(table[-1][0]) == 80 and all(math.isfinite(float(v)) for row in table for v in row)
+    assert Path('runs/gc_ct-shapes/analyse.png').stat().st_size > 5000
+
+
+def test_wrong_flags_of_gc(refused):
+    refused(gc_ct, '--mu 1.5', '--mu')
+    refused(gc_ct, '--s0 20 --s1 10', '--s1 10', '--s0 20')
+    refused(gc_ct, '--blocks 1,2', 'num_blocks', '2 entries for 3 resolutions')
+    refused(gc_ct, '--coupling none', '--coupling')
+    assert run(*TINY) == 0
+    refused(gc_ct, '--resume --mu 0.7', '--mu is 0.7', 'made with 0.5')
+    refused(gc_ct, '--resume --coupling ic', '--coupling is ic')
+    refused(gc_ct, '--analyse nowhere', 'nowhere')
+
+
+@pytest.mark.assets
+def test_cifar10_trains_and_scores(real, capsys):
+    data = real('cifar-10-batches-bin').parent
+    assert run('--dataset', 'cifar10', '--data-dir', data, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 4) == 0
+    assert run('--evaluate', 'runs/gc_ct-cifar10', '--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels') == 0
+    assert 'against the 50,000 training images' in capsys.readouterr().out

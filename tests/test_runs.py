@@ -1,0 +1,243 @@
+"""What every script's run does: its folder, resuming, several processes, signals, errors. One test, all scripts."""
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import fid
+from conftest import ROOT
+
+SCRIPTS = {     # name: flags that make a run small
+    'sct': ['--pretrain-steps', '0', '--ref-size', 'batch'],
+    'gc_ct': [],
+}
+SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4']
+
+
+class Script:
+    """One of the scripts, with small runs of it."""
+
+    def __init__(self, name):
+        self.name, self.module, self.small = name, importlib.import_module(name), [*SMALL, *SCRIPTS[name]]
+        self.out = Path(f'runs/{name}-shapes')
+
+    def run(self, *flags):
+        return common.run(self.module.main, [str(flag) for flag in flags])
+
+    def train(self, *flags):
+        return self.run(*self.small, *flags)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw = common.shapes
+    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
+    return Script(request.param)
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def weights(out, name='final.pt'):
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_writes_its_folder(script):
+    assert script.train('--sample-every', 2, '--eval-every', 4, '--fid-num', 10) == 0
+    names = {p.name for p in script.out.iterdir()} - {'encoder.pt'}
+    assert names == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt'}
+    assert sorted(p.name for p in (script.out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
+    steps = [line for line in lines(script.out) if 'loss' in line]
+    assert [line['step'] for line in steps] == [1, 2, 3, 4] and all(math.isfinite(line['loss']) for line in steps)
+    assert any(name.startswith('pixel-FD (10 images against the 200 training images), ') for name in lines(script.out)[-1])
+    assert all(isinstance(value, torch.Tensor) for value in weights(script.out).values())
+    assert 'enc.16x16_conv.weight' in weights(script.out) and not any('encoder' in name for name in weights(script.out))
+
+
+def test_same_seed_same_run_and_resumed_run_bit_for_bit(script):
+    flags = ['--dropout', '0.3', '--steps', '6', '--pretrain-steps', '2', '--save-every', '3', '--lr', '1e-3']
+    assert script.train(*flags, '--out', 'a') == script.train(*flags, '--out', 'b') == 0
+    assert same(weights('a'), weights('b'))
+
+    class Stop(Exception):
+        pass
+    original, common.save_checkpoint = common.save_checkpoint, lambda *a, **k: (original(*a, **k), (_ for _ in ()).throw(Stop()))
+    try:
+        with pytest.raises(Stop):
+            script.train(*flags, '--out', 'c')
+    finally:
+        common.save_checkpoint = original
+    with open('c/metrics.jsonl', 'a') as file:              # steps after the checkpoint are done again, and noted once
+        file.write('{"step": 4, "loss": 0.0, "grad_norm": 1.0}\n')
+    assert script.run('--resume', '--out', 'c') == 0
+    assert same(weights('a'), weights('c')) and lines('a') == lines('c')
+    a, c = (torch.load(Path(out) / 'checkpoint.pt', weights_only=True) for out in 'ac')
+    assert same(a['ema'], c['ema']) and same(a['net'], c['net'])
+    assert script.train(*flags, '--out', 'd', '--seed', 1) == 0
+    assert not torch.equal(weights('d')['map_layer0.weight'], weights('a')['map_layer0.weight'])
+
+
+def test_a_resumed_run_keeps_its_longer_end(script):
+    assert script.train() == 0 and script.run('--resume', '--out', script.out, '--steps', 6) == 0
+    assert json.loads((script.out / 'config.json').read_text())['steps'] == 6
+
+
+def test_microbatches_equal_the_whole_batch(script):
+    assert script.train('--out', 'a') == script.train('--out', 'b', '--microbatch', 3) == 0
+    for name, rtol in (('loss', 1e-4), ('grad_norm', 1e-3)):
+        a, b = ([line[name] for line in lines(out) if name in line] for out in 'ab')
+        np.testing.assert_allclose(a, b, rtol=rtol)
+
+
+def test_two_processes_equal_one(script, command, tmp_path):
+    """20 steps, dropout 0, gloo: losses and weights agree to rounding."""
+    flags = [*script.small, '--steps', 20, '--resolution', 8, '--device', 'cpu', '--lr', '1e-4']
+    for out, gpus in [('one', 1), ('two', 2)]:
+        done = command(f'{script.name}.py', *flags, '--out', out, '--gpus', gpus)
+        assert done.returncode == 0, done.stderr
+    one, two = ([line['loss'] for line in lines(tmp_path / out)[:20]] for out in ('one', 'two'))
+    np.testing.assert_allclose(one, two, rtol=2e-3)
+    one, two = (weights(tmp_path / out) for out in ('one', 'two'))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3)
+
+
+def test_samples_and_evaluation(script, capsys):
+    assert script.train() == 0
+    model = script.module.load(script.out)
+    one = script.module.sample(model, 12, seed=3)
+    assert one.shape == (12, 3, 16, 16) and one.abs().max() <= 1
+    assert torch.equal(one, script.module.sample(model, 12, seed=3)) and not torch.equal(one, script.module.sample(model, 12, seed=4))
+    assert not torch.equal(script.module.sample(model, 12, labels=[7], seed=3), one)
+    assert torch.equal(one, script.module.sample(script.module.load(script.out / 'final.pt'), 12, seed=3))
+    for source in (script.out, script.out / 'checkpoint.pt', script.out / 'final.pt'):
+        assert script.run('--sample', source, '--n', 6, '--nfe', '1,4', '--labels', '1,2') == 0
+    assert {p.name for p in script.out.glob('*.png')} >= {'sample-1-step.png', 'sample-4-step.png'}
+    assert script.run('--evaluate', script.out, '--nfe', '1,2', '--fid-num', 50) == 0
+    out = capsys.readouterr().out
+    assert 'pixel-FD (50 images against the 200 training images), 1 step: ' in out and '2 steps: ' in out
+
+
+def test_precision_of_sampling_is_the_flags(script):
+    assert script.train() == 0
+    for precision in ('fp32', 'bf16'):
+        assert script.run('--sample', script.out, '--precision', precision, '--out', precision) == 0
+    assert Path('fp32/sample-1-step.png').read_bytes() != Path('bf16/sample-1-step.png').read_bytes()
+
+
+def test_lots_of_samples_go_through_all_classes(script, monkeypatch):
+    """150 classes in lots of 100: every class is sampled equally often."""
+    labels = torch.cat([common.choose_labels(100, None, 150, first=100 * j) for j in range(3)])
+    assert labels.bincount().tolist() == [2] * 150
+    asked = []
+    monkeypatch.setattr(script.module, 'sample', lambda *a, first=0, **k: (
+        asked.append(common.choose_labels(a[1], None, 150, first)), torch.zeros(a[1], 3, 1, 1))[1])
+    args = common.argparse.Namespace(labels=None, seed=0, guidance=None, eta=None, fid_num=300)
+    judge = fid.Judge(lambda x: x.flatten(1).double() + torch.rand(len(x), 3), 'pixel-FD', (np.zeros(3), np.eye(3), 9), 'x', True)
+    script.module.evaluate(None, args, judge, 1)
+    assert torch.cat(asked).bincount().tolist() == [2] * 150
+
+
+def test_zip_as_data_dir_and_labels_in_the_name(script, capsys, refused, tmp_path):
+    for i in range(6):
+        Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(tmp_path / f'{i}.png')
+    with zipfile.ZipFile(tmp_path / 'p.zip', 'w') as archive:
+        for i in range(6):
+            archive.write(tmp_path / f'{i}.png', f'class{i % 2}/{i}.png')
+    folder = ['--dataset', 'folder', '--data-dir', 'p.zip', *script.small, '--mults', '1,1', '--fid-features', 'pixels', '--fid-num', 9]
+    assert script.run(*folder, '--cond', '--out', 'a') == 0 and script.run('--evaluate', 'a', '--labels', 1) == 0
+    assert 'classes [1] only' in capsys.readouterr().out
+    refused(script.module, [*folder, '--init', 'http://127.0.0.1:9/n.pkl', '--out', 'b'], 'could not be downloaded')
+
+
+def test_wrong_flags(script, refused, tmp_path):
+    module, name = script.module, script.name
+    assert script.train() == 0
+    refused(module, '--dataset nothing', '--dataset nothing', 'shapes')
+    refused(module, script.small, f'runs/{name}-shapes holds a run', '--resume', '--overwrite')
+    refused(module, '--resume --out nowhere', 'nowhere holds no run')
+    refused(module, '--resume --width 16', '--width is 16', 'made with 8')
+    refused(module, '--resume --seed 5', '--seed is 5')
+    refused(module, [*script.small, '--eval-every', 4, '--fid-ref', 'nowhere.npz', '--out', 'x'], 'nowhere.npz')
+    refused(module, [*script.small, '--labels', 99, '--out', 'x'], '--labels 99')
+    refused(module, '--steps 0', '--steps')
+    refused(module, '--lr nan', '--lr')
+    refused(module, '--stepz 3', '--stepz')
+    refused(module, '--pretrain-steps 10 --steps 9 --out x', '--pretrain-steps 10')
+    refused(module, '--batch 9 --gpus 2 --device cpu --out x', '--batch 9', '2 processes')
+    refused(module, '--dataset cifar10 --data-dir nowhere/at/all --resolution 16 --out x', 'nowhere')
+    refused(module, '--sample nowhere', 'nowhere')
+    refused(module, f'--sample runs/{name}-shapes --labels 10', '--labels', '10 classes')
+    refused(module, ['--sample', __file__], 'test_runs.py', 'cannot be read')
+    refused(module, f'--evaluate runs/{name}-shapes --fid-ref nowhere.npz', 'nowhere.npz')
+    refused(module, '--mults 1,2,2,2,2,2 --out x', 'cannot be halved')
+    refused(module, '--arch edm2 --width 40 --out x', 'channels_per_head')
+    Path('file').write_text('')
+    refused(module, [*script.small, '--out', 'file'], 'file is a file')
+    refused(module, f'--sample runs/{name}-shapes --out file', 'file')
+    other = next(other for other in SCRIPTS if other != name)
+    refused(importlib.import_module(other), f'--sample runs/{name}-shapes', f'run of {name}.py, not of {other}.py')
+    if not torch.cuda.is_available():
+        refused(module, '--device cuda --out x', 'no GPU')
+        refused(module, '--gpus 8 --out x', '--gpus 8')
+    assert not Path('x').exists() and sorted(p.name for p in tmp_path.iterdir()) == ['file', 'runs']
+
+
+def test_help_shows_the_settings_in_force(script, capsys):
+    with pytest.raises(SystemExit):
+        script.module.main(['--dataset', 'cifar10', '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    preset = script.module.PRESETS['cifar10']
+    assert f'[{preset["steps"]}]' in text and '[128]' in text and 'https://arxiv.org/abs/' in text
+
+
+def test_dry_run_writes_nothing(script, capsys, tmp_path):
+    assert script.run('--dataset', 'cifar10', '--dry-run') == 0
+    assert json.loads(capsys.readouterr().out)['batch'] == script.module.PRESETS['cifar10']['batch'] and not list(tmp_path.iterdir())
+
+
+def test_benchmark_accounts_for_the_step(script, capsys, tmp_path):
+    assert script.train('--benchmark', 3) == 0
+    out = capsys.readouterr().out
+    for part in ('img/s', 'data', 'forward', 'backward', 'optimiser', 'EMA', 'peak memory'):
+        assert part in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number, gpus', [('SIGTERM', 1), ('SIGINT', 2)])
+def test_a_signal_ends_the_run_with_a_checkpoint(script, tmp_path, number, gpus):
+    process = subprocess.Popen([sys.executable, str(ROOT / f'{script.name}.py'), *script.small, '--steps', '100000', '--resolution', '8',
+                                '--device', 'cpu', '--gpus', str(gpus)], stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
+    metrics = tmp_path / script.out / 'metrics.jsonl'
+    while not (metrics.exists() and metrics.read_text().count('\n') > 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, getattr(signal, number))                             # as a terminal does: to the whole group
+    out, _ = process.communicate(timeout=60)
+    step = lines(tmp_path / script.out)[-1]['step']
+    assert process.returncode == 0 and f'python {script.name}.py --resume --out runs/{script.name}-shapes' in out
+    assert weights(tmp_path / script.out, 'checkpoint.pt')['step'] == step
+
+
+def test_divergence_stops_the_run(script, capsys):
+    assert script.train('--steps', 40, '--lr', '1e30', '--save-every', 5) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and '20 steps in a row' in error and not (script.out / 'final.pt').exists()
