@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 
 
 # 1. Errors and messages
@@ -51,12 +53,18 @@ def run(main, argv=None):
     """Calls `main(argv)` and returns its exit code; a UserError becomes one line on stderr (`--debug`: a traceback)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return main(argv) or 0
-    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt) as caught:
-        if '--debug' in argv:
+        code = main(argv) or 0
+        if dist.is_initialized():
+            dist.destroy_process_group()        # its threads must end before the interpreter does
+        return code
+    except (UserError, RuntimeError, KeyboardInterrupt) as caught:
+        lost = dist.is_initialized() and any(word in str(caught).lower() for word in ('connection', 'gloo', 'nccl', 'peer'))
+        error = {UserError: caught, KeyboardInterrupt: UserError('interrupted', code=130),
+                 torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch', code=1),
+                 RuntimeError: UserError('another process of this run has ended', code=1) if lost else None}.get(
+                     type(caught) if not lost else RuntimeError)
+        if '--debug' in argv or error is None:
             raise
-        error = {torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch', code=1),
-                 KeyboardInterrupt: UserError('interrupted', code=130)}.get(type(caught), caught)
     if rank():
         time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
     print('\n' * _line_open + f'process {rank()}: ' * (rank() > 0) + str(error), file=sys.stderr, flush=True)
@@ -216,6 +224,9 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     if args.init is None:               # the published start is for the published network
         same = all(getattr(args, name) == preset.get(name) for name in ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution'))
         args.init = (preset.get('checkpoint') if same and not args.pretrain_steps else None) or 'none'
+    if args.resume and not list(Path(args.out).glob('*.pt')):
+        say(f'{args.out} holds no checkpoint yet: starting from the beginning')
+        args.resume, args.overwrite = False, True
     if args.pretrain_steps > args.steps:
         raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
     return args
@@ -413,7 +424,29 @@ class Data(NamedTuple):
     def at(self, index, device):
         """Images in [-1, 1] (B, C, H, W) and labels (B,) or None of `index` (B,), on `device`."""
         images = self.images[index.to(self.images.device, non_blocking=True)].to(device, non_blocking=True)
-        return normalise(images), None if self.labels is None else self.labels[index].to(device, non_blocking=True)
+        return normalise(images), self.labels_of(index, device)
+
+    def labels_of(self, index, device):
+        """Labels (B,) of `index` (B,), on `device`, or None."""
+        return None if self.labels is None else self.labels[index].to(device, non_blocking=True)
+
+
+def batches(data, args, start, device):
+    """Of each step from `start` on: indices (B,), images in [-1, 1] (B, C, H, W) and labels (B,) or None of the global batch.
+
+    Images that lie on the host are gathered a step ahead, by a thread and into memory from which a GPU copies by itself.
+    """
+    def gather(step):
+        index = batch_indices(len(data.images), args.batch, step, args.seed)
+        images = data.images[index.to(data.images.device, non_blocking=True)]
+        return index, images.pin_memory() if device.type == 'cuda' and images.device.type == 'cpu' else images
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = data.images.device.type == 'cpu'
+        coming = pool.submit(gather, start) if ahead else None
+        for step in itertools.count(start):
+            index, images = coming.result() if ahead else gather(step)
+            coming = pool.submit(gather, step + 1) if ahead else None
+            yield index, normalise(images.to(device, non_blocking=True)), data.labels_of(index, device)
 
 
 def normalise(images):
@@ -435,7 +468,8 @@ def load_data(args):
         with one_first():
             data = cifar10(root)
     else:
-        data = image_folder(root, args.resolution)
+        with one_first():
+            data = image_folder(root, args.resolution)
     if args.resolution and args.resolution != data.images.shape[-1]:
         raise UserError(f'--resolution {args.resolution}: {args.dataset} is {data.images.shape[-1]}x{data.images.shape[-1]}')
     if args.cond and data.labels is None:
@@ -587,13 +621,23 @@ def image_folder(root, resolution=None):
         return np.asarray(image).transpose(2, 0, 1)
 
     first = load(files[0])
-    images = np.empty((len(files), *first.shape), np.uint8)
-    with concurrent.futures.ThreadPoolExecutor() as pool:             # decoding runs outside Python's lock
-        for i, image in enumerate(progress(pool.map(load, files), f'reading {root}', len(files))):
-            if image.shape != first.shape or image.shape[1] != image.shape[2]:
-                raise UserError(f'{root}: images of mixed sizes or not square: {files[0]} is {first.shape[2]}x{first.shape[1]}, '
-                                f'{files[i]} {image.shape[2]}x{image.shape[1]}; --resolution N brings all to one square')
-            images[i] = image
+
+    def fill(images):
+        with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
+            for i, image in enumerate(progress(pool.map(load, files), f'reading {root}', len(files))):
+                if image.shape != first.shape or image.shape[1] != image.shape[2]:
+                    raise UserError(f'{root}: images of mixed sizes or not square: {files[0]} is {first.shape[2]}x{first.shape[1]}, '
+                                    f'{files[i]} {image.shape[2]}x{image.shape[1]}; --resolution N brings all to one square')
+                images[i] = image
+        return images
+
+    shape = (len(files), *first.shape)
+    if math.prod(shape) <= MAPPED:
+        images = fill(np.empty(shape, np.uint8))
+    else:
+        sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
+        stamp = hashlib.sha256(repr((files, sizes, resolution)).encode()).hexdigest()[:12]
+        images = mapped(root.parent / f'{root.name}-{first.shape[1]}-{stamp}.npy', shape, fill)
 
     labels, classes = None, 0
     if 'dataset.json' in names:
@@ -609,6 +653,28 @@ def image_folder(root, resolution=None):
         labels = torch.as_tensor(labels, dtype=torch.int64)
         classes = int(labels.max()) + 1
     return Data(torch.from_numpy(images), labels, classes, root.parent)
+
+
+MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a file and not in memory
+
+
+def mapped(path, shape, fill):
+    """uint8 array of `shape` in the file `path`, read as its parts are needed; made by `fill(array)` if it is not there."""
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        if not path.exists():
+            say(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
+            fill(np.lib.format.open_memmap(part, 'w+', np.uint8, shape)).flush()
+            os.replace(part, path)
+        images = np.load(path, mmap_mode='c')
+        if images.shape != shape or images.dtype != np.uint8:
+            raise ValueError(f'it holds {images.dtype} {images.shape}')
+        return images
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be used: {error}; delete it and it is made anew')
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def download(url, path, algorithm, digest):
@@ -708,11 +774,26 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
+def matmul_rate(device, precision):
+    """Floating-point operations a second of a large matrix product, which no network exceeds: the best of twelve."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
+    n, spent = 8192 if device.type == 'cuda' else 2048, []
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(12):
+        begin = time.perf_counter()
+        a @ a
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - begin)
+    return 2 * n ** 3 / min(spent)
+
+
 class Clock:
-    """Time per part of a step, for --benchmark: `clock('forward')` books the time since the last call on 'forward'."""
+    """Time per part of a step, for --benchmark: `clock('backward')` books the time since the last call on 'backward'."""
 
     def __init__(self, args, device):
         self.args, self.device, self.parts, self.last = args, device, [], None
+        self.counter = FlopCounterMode(display=False)
 
     def __call__(self, part):
         if self.args.benchmark:
@@ -723,20 +804,50 @@ class Clock:
                 self.parts[-1][part] = self.parts[-1].get(part, 0) + now - self.last
             self.last = now
 
-    def next_step(self):
+    def watch(self, net, part):
+        """`net`, whose time is booked on `part`, and what came before its call on 'loss'."""
+        def call(*inputs):
+            self('loss')
+            out = net(*inputs)
+            self(part)
+            return out
+        return call if self.args.benchmark else net
+
+    def next_step(self, params):
         """Called at the start of every step: True, after a report of medians, if --benchmark's steps and two before are done."""
-        if self.args.benchmark and len(self.parts) == self.args.benchmark + 2:
-            parts = {name: float(np.median([step[name] for step in self.parts[2:]])) for name in self.parts[-1]}
-            total = sum(parts.values())
-            peak = (torch.cuda.max_memory_allocated() if self.device.type == 'cuda'
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
-                f'peak memory {peak / 2 ** 30:.2f} GiB')
-            say('\n'.join(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}' for name, spent in parts.items()))
+        if not self.args.benchmark:
+            return False
+        if not self.parts:                                  # the first step is counted, as torch.compile would hide it
+            self.counter.__enter__()
+        elif len(self.parts) == 1:
+            self.counter.__exit__(None, None, None)
+        elif len(self.parts) == self.args.benchmark + 2:
+            self.report(params)
             return True
-        if self.args.benchmark:
-            self.parts.append({})
+        self.parts.append({})
         return False
+
+    def report(self, params):
+        """Prints medians over all steps but the first two."""
+        parts = {name: float(np.median([step[name] for step in self.parts[2:]])) for name in self.parts[-1]}
+        total, flops, peak = sum(parts.values()), self.counter.get_total_flops(), matmul_rate(self.device, self.args.precision)
+        memory = (torch.cuda.max_memory_allocated() if self.device.type == 'cuda'
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
+            f'peak memory {memory / 2 ** 30:.2f} GiB')
+        say(f'{flops / total / 1e12:.4g} TFLOP/s a process, {flops / total / peak:.1%} of the {peak / 1e12:.4g} of a '
+            f'{self.args.precision} matrix product alone')
+        say('\n'.join(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}' for name, spent in parts.items()))
+        if dist.is_initialized():
+            gradient, spent = torch.zeros(sum(p.numel() for p in params), device=self.device), []
+            for _ in range(5):
+                begin = time.perf_counter()
+                dist.all_reduce(gradient)
+                if self.device.type == 'cuda':
+                    torch.cuda.synchronize()
+                spent.append(time.perf_counter() - begin)
+            say(f'  averaging the gradients of {world_size()} processes, alone: {np.median(spent):.4f} s  {np.median(spent) / total:.1%}'
+                ' (in training it overlaps with the backward pass)')
 
 
 # 7. Runs: the folder, checkpoints, log
@@ -765,7 +876,7 @@ def open_run(args, **parts):
     if rank() == 0 and not args.benchmark:
         try:
             (out / 'samples').mkdir(parents=True, exist_ok=True)
-            for old in [] if args.resume else [*out.glob('*.pt'), *out.glob('samples/*.png'), out / 'metrics.jsonl']:
+            for old in [] if args.resume else [*out.glob('*.pt'), *out.glob('*.part'), *out.glob('samples/*.png'), out / 'metrics.jsonl']:
                 old.unlink(missing_ok=True)
             write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
         except OSError as error:
@@ -775,42 +886,71 @@ def open_run(args, **parts):
     return step
 
 
-def write_atomic(path, write):
-    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it."""
+def write_atomic(path, write, previous=None):
+    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it.
+
+    The file that had the name before becomes `previous`, or goes.
+    """
     part = path.with_name(f'{path.name}.part')
     try:
         with open(part, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def or_go_on(what):
+    """Within this, a full disk costs what was to be written, and not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                    # torch.save's writer raises RuntimeError for some
+        if isinstance(error, RuntimeError) and 'writ' not in str(error):
+            raise
+        say(f'{what} could not be written ({getattr(error, "strerror", None) or str(error).splitlines()[0]}); training goes on')
 
 
 def save_checkpoint(args, step, **parts):
     """Everything that --resume needs, from the first process: step, settings, and the state of `parts`."""
     if rank() == 0:
         state = dict({name: part.state_dict() for name, part in parts.items()}, step=step, config=config_of(args))
-        write_atomic(Path(args.out) / 'checkpoint.pt', lambda file: torch.save(state, file))
+        out = Path(args.out)
+        with or_go_on(f'{out}/checkpoint.pt of step {step:,}'):
+            write_atomic(out / 'checkpoint.pt', lambda file: torch.save(state, file), previous=out / 'previous.pt')
 
 
 def save_final(args, ema, name='final.pt'):
     """The EMA network alone, a plain state dict, for this and for others' code."""
     if rank() == 0:
-        write_atomic(Path(args.out) / name, lambda file: torch.save(ema.state_dict(), file))
+        try:
+            write_atomic(Path(args.out) / name, lambda file: torch.save(ema.state_dict(), file))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f'{args.out}/{name} could not be written: {error}; make room, then --resume --out {args.out}', code=1)
         say(f'written: {args.out}/{name}')
 
 
 def load_checkpoint(path):
     """A run's folder, its checkpoint.pt, or a final.pt with config.json beside it -> dict with `ema`, `config` and perhaps more.
 
-    Only tensors and plain values are read (`weights_only`): no file can run code.
+    Only tensors and plain values are read (`weights_only`): no file can run code. From a folder whose checkpoint.pt is damaged,
+    the checkpoint before it.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / ('checkpoint.pt' if (path / 'checkpoint.pt').exists() else 'final.pt')
+        found = [path / name for name in ('checkpoint.pt', 'previous.pt', 'final.pt') if (path / name).exists()]
+        for candidate in found[:-1]:
+            try:
+                return load_checkpoint(candidate)
+            except UserError as error:
+                say(f'{error}; going back to {found[found.index(candidate) + 1].name}')
+        path = found[-1] if found else path / 'checkpoint.pt'
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         assert isinstance(state, dict) and state, 'not a checkpoint'
@@ -818,7 +958,10 @@ def load_checkpoint(path):
         raise UserError(f'{path}: there is no such checkpoint')
     except Exception as error:          # whatever torch, zip and pickle say about a file that is not theirs
         raise UserError(f'{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}')
-    return state if 'config' in state else dict(ema=state, config=read_config(path.parent))
+    state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
+    if not isinstance(state['config'], dict) or not isinstance(state.get('ema'), dict):
+        raise UserError(f'{path} cannot be read as a checkpoint: no weights or no settings in it')
+    return state
 
 
 def load_network(path, make_network, device='cpu'):
@@ -841,8 +984,8 @@ def restore(module, state, path):
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts; a last one that was cut short is left out."""
     for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            yield dict(step=(values := json.loads(line))['step']) | values
 
 
 class Log:
@@ -854,16 +997,20 @@ class Log:
     def __init__(self, args, start, device):
         self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
         self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
-        self.pending, self.names, self.bad, self.stop = [], [], 0, False
+        self.pending, self.names, self.unwritten, self.stop = [], [], [], False
+        self.nonfinite = self.in_a_row = 0                      # steps whose gradients were not finite
+        self.best = math.inf                                    # Fréchet distance
         self.first = self.shown_step = start
         self.begin = self.shown = time.monotonic()
         self.signal = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
-        if rank() == 0 and args.resume and not args.benchmark and self.path.exists():            # what a resumed run will do again is taken out first
-            lines = [json.dumps(line) + '\n' for line in read_metrics(self.path) if line['step'] <= start]
-            write_atomic(self.path, lambda file: file.write(''.join(lines).encode()))
+        if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
+            lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
+            self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
+            self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
+            write_atomic(self.path, lambda file: file.write(''.join(json.dumps(line) + '\n' for line in lines).encode()))
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -880,8 +1027,8 @@ class Log:
             self.flush(step)
 
     def due(self, step, every):
-        """Whether step number `step` is one of every so many, or the last."""
-        return every is not None and not self.args.benchmark and (step % every == 0 or step == self.args.steps)
+        """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
+        return bool(every and (step % every == 0 or step == self.args.steps) and not self.args.benchmark and not self.stop)
 
     def flush(self, step):
         """Writes pending values, averaged over the processes; raises UserError after 20 steps without finite gradients."""
@@ -895,9 +1042,12 @@ class Log:
         for number, row in zip(range(step - len(rows) + 1, step + 1), rows):
             values = dict(zip(self.names, row))
             self.stop = values.pop('stop') > 0 or self.stop
-            self.bad = 0 if math.isfinite(values['grad_norm']) else self.bad + 1
-            lines.append({'step': number} | {name: round(v, 6) if math.isfinite(v) else str(v) for name, v in values.items()})
-            if self.bad >= 20:
+            bad = not all(map(math.isfinite, values.values()))
+            self.nonfinite, self.in_a_row = self.nonfinite + bad, bad * (self.in_a_row + 1)
+            lines.append({'step': number} | {name: round(v, 6) if math.isfinite(v) else str(v) for name, v in values.items()}
+                         | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
+            if self.in_a_row >= 20:
+                self.write(*lines)
                 raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step {number}; the '
                                 f'last checkpoint in {self.args.out} is from before. Try a lower --lr or --precision fp32', code=1)
         self.write(*lines)
@@ -913,10 +1063,30 @@ class Log:
             say(f'stopping after step {step:,}; go on with: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, *lines):
-        """Appends dicts to metrics.jsonl."""
+        """Appends dicts to metrics.jsonl; what a full disk does not take is kept for the next time."""
         if rank() == 0 and not self.args.benchmark:
-            with open(self.path, 'a') as file:
-                file.writelines(json.dumps(line) + '\n' for line in lines)
+            self.unwritten += [json.dumps(line) + '\n' for line in lines]
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with open(self.path, 'ab', buffering=0) as file:
+                    for i in range(len(self.unwritten)):
+                        data = self.unwritten[i].encode()
+                        if file.write(data) < len(data):
+                            raise OSError('no space left')
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+                if len(self.unwritten) == len(lines):
+                    say(f'{self.path} could not be written ({error.strerror or error}); training goes on')
+                return
+            self.unwritten = []
+
+    def evaluated(self, step, distances):
+        """Notes Fréchet distances {name: value}, all of the same model. -> whether the first is the best of the run"""
+        value = next(iter(distances.values()))
+        better, self.best = value < self.best, min(value, self.best)
+        self.write({'step': step, **distances, 'best': self.best})
+        return better
 
 
 # 8. Pictures
@@ -927,6 +1097,14 @@ def choose_labels(n, labels, classes, first=0):
         raise UserError(f'--labels {max(labels)}: the model has {classes} classes' + f', 0 to {classes - 1}' * bool(classes))
     labels = labels or range(classes)
     return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)]) if classes else None
+
+
+def save_progress(args, step, images, log):
+    """A grid of samples and the curves so far, from the first process."""
+    if rank() == 0:
+        with or_go_on(f'the pictures of step {step:,}'):
+            save_grid(images, Path(args.out) / 'samples' / f'{step:07}.png')
+            save_curves(log.path, Path(args.out) / 'curves.png')
 
 
 def save_grid(images, path, columns=None):

@@ -40,13 +40,12 @@ import functools
 import json
 import math
 import sys
-from pathlib import Path
 
 import torch
 
 import common
 import fid
-from unet import load_pretrained, load_weights, make_network
+from unet import initial_network, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
@@ -268,12 +267,7 @@ def train(args):
     if args.eval_every and not args.benchmark:
         judge = fid.prepare(args, data, device)                                 # now: what is missing is to be missed now
 
-    torch.manual_seed(args.seed)
-    net = make_network(args)
-    if args.init != 'none' and not args.resume:
-        with common.one_first():
-            load_weights(net, load_pretrained(args.init, common.cache_folder(args))[0], args.init)
-    net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
+    net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     make_optimizer = lambda: (Lion if args.optimizer == 'Lion' else getattr(torch.optim, args.optimizer))(
@@ -283,28 +277,29 @@ def train(args):
     if args.compile:
         torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
         net.compile()
-    wrapped = common.distributed(net)
-    endpoint = ema if args.endpoint == 'ema' else net
-    student, teacher, endpoint = (common.network(module, args.precision, device) for module in (wrapped, net, endpoint))
+    wrapped, clock = common.distributed(net), common.Clock(args, device)
+    generator = ema if args.endpoint == 'ema' else net
+    student, teacher, endpoint = (clock.watch(common.network(module, args.precision, device), part)
+                                  for module, part in ((wrapped, 'student'), (net, 'teacher'), (generator, 'endpoint')))
     mine = common.my_part(args.batch)
     m = SIGMA_MIN if args.schedule == 'ict' else 0.0                            # f(x, m) = x
-    log, clock = common.Log(args, start, device), common.Clock(args, device)
+    log = common.Log(args, start, device)
 
     if args.benchmark:
         start = args.pretrain_steps                                             # tuning, not its start, is timed
+    batches = common.batches(data, args, start, device)
     for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
         if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
             net.load_state_dict(ema.state_dict())
             optimizer = make_optimizer()
 
         clock('log')
-        if clock.next_step():
+        if clock.next_step(net.parameters()):
             return
 
         # Draws. Made for the global batch, so that any number of processes trains on the same ones.
-        index = common.batch_indices(len(data.images), args.batch, step, args.seed)
+        index, x_all, y_all = next(batches)
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)
-        x_all, y_all = data.at(index, device)
         z_all = normal('noise', *x_all.shape[1:])
         pretraining = step < args.pretrain_steps
         done, total_steps = step - args.pretrain_steps * (not pretraining), args.steps - args.pretrain_steps
@@ -333,12 +328,11 @@ def train(args):
             mask = common.key(args.seed, step, 'dropout', common.rank(), i)
             y_part = None if y is None else y[part]
             x_hat = generator_coupling(endpoint, x0[part], z[part], r[part], y_part, chosen[part], m)
-            clock('endpoint')
             if pretraining:
                 value = denoising_loss(student, x0[part], z[part], t[part], y_part, mask)
             else:
                 value = loss(student, x_hat, z[part], t[part], r[part], y_part, teacher, mask, args.c, m)
-            clock('forward')
+            clock('loss')
             (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
             total += value.detach().sum() / len(x0)
             clock('backward')
@@ -353,27 +347,24 @@ def train(args):
             common.update_ema(ema, net, ema_decay(done, args.ema))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
+        if log.due(step + 1, args.sample_every) and common.rank() == 0:
+            common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
+        if log.due(step + 1, args.eval_every):
+            if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
+                common.save_final(args, ema, 'best.pt')
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
-        if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            grid = Path(args.out) / 'samples' / f'{step + 1:07}.png'
-            common.save_grid(sample(ema, 64, seed=args.seed), grid)
-            common.save_curves(log.path, Path(args.out) / 'curves.png')
-        if log.due(step + 1, args.eval_every):
-            for nfe in args.nfe:
-                name, value = evaluate(ema, args, judge, nfe)
-                log.write({'step': step + 1, f'{name}, {nfe} step': value})
         if log.stop:
             return
     common.save_final(args, ema)
 
 
 def evaluate(model, args, judge, nfe):
-    """Fréchet distance of samples of `model`, printed. -> (name, value)"""
+    """Fréchet distance of samples of `model`, printed. -> (its name, value)"""
     name, value = fid.evaluate(judge, args.fid_num, lambda j, n: sample(
         model, n, nfe, args.labels, common.key(args.seed, j), first=100 * j))
     common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
-    return name, value
+    return f'{name}, {nfe} step', value
 
 
 # 8. The paper's diagnostics

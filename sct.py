@@ -38,13 +38,12 @@ import argparse
 import copy
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 import common
 import fid
-from unet import EDM2_WIDTHS, load_pretrained, load_weights, make_network
+from unet import EDM2_WIDTHS, initial_network, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
@@ -286,12 +285,7 @@ def train(args):
     if args.eval_every and not args.benchmark:
         judge = fid.prepare(args, data, device)                                 # now: what is missing is to be missed now
 
-    torch.manual_seed(args.seed)
-    net = make_network(args)
-    if args.init != 'none' and not args.resume:
-        with common.one_first():
-            load_weights(net, load_pretrained(args.init, common.cache_folder(args))[0], args.init)
-    net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
+    net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     make_optimizer = lambda: getattr(torch.optim, args.optimizer)(              # foreach: few calls for all parameters
@@ -301,29 +295,30 @@ def train(args):
     if args.compile:
         torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
         net.compile()
-    wrapped = common.distributed(net)
-    student, teacher = (common.network(module, args.precision, device) for module in (wrapped, net))
+    wrapped, clock = common.distributed(net), common.Clock(args, device)
+    student, teacher = (clock.watch(common.network(module, args.precision, device), part)
+                        for module, part in ((wrapped, 'student'), (net, 'teacher')))
     mine = common.my_part(args.batch)
     edges = torch.tensor(phase_edges(args.phases, args.edges), device=device)
     kept = [round(share * args.steps) for share in args.keep_ema or []]
-    log, clock = common.Log(args, start, device), common.Clock(args, device)
+    log = common.Log(args, start, device)
 
     if args.benchmark:
         start = args.pretrain_steps                                             # tuning, not its start, is timed
+    batches = common.batches(data, args, start, device)
     for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
         if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
             net.load_state_dict(ema.state_dict())
             optimizer = make_optimizer()
 
         clock('log')
-        if clock.next_step():
+        if clock.next_step(net.parameters()):
             return
 
         # Draws. Made for the global batch, so that any number of processes trains on the same ones.
-        index = common.batch_indices(len(data.images), args.batch, step, args.seed)
+        index, x_all, y_all = next(batches)
         draw = lambda n: common.randint(len(data.images), n, args.seed, step, 'references')
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)[mine]
-        x_all, y_all = data.at(index, device)
         x0, y = x_all[mine], None if y_all is None else y_all[mine]
         pretraining = step < args.pretrain_steps
         levels = (-1.2, 1.2) if pretraining else (args.P_mean, args.P_std)      # EDM Table 1 for the diffusion model
@@ -349,7 +344,7 @@ def train(args):
             else:
                 value = loss(student, x_t[part], t[part], x0_hat[part], eps_hat[part], r[part], y_part, teacher, mask,
                              args.weighting, args.c, s[part])
-            clock('forward')
+            clock('loss')
             (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
             total += value.detach().sum() / len(x0)
             clock('backward')
@@ -364,29 +359,26 @@ def train(args):
         common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
-        if log.due(step + 1, args.save_every) or log.stop:
-            common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
-        if step + 1 in kept and not args.benchmark:                            # a worse self, for --guide
+        if step + 1 in kept and not args.benchmark:                             # a worse self, for --guide
             common.save_final(args, ema, f'ema-{step + 1}.pt')
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            grid = Path(args.out) / 'samples' / f'{step + 1:07}.png'
-            common.save_grid(sample(ema, 64, args.phases, seed=args.seed), grid)
-            common.save_curves(log.path, Path(args.out) / 'curves.png')
+            common.save_progress(args, step + 1, sample(ema, 64, args.phases, seed=args.seed), log)
         if log.due(step + 1, args.eval_every):
-            for nfe in args.nfe:
-                name, value = evaluate(ema, args, judge, nfe)
-                log.write({'step': step + 1, f'{name}, {nfe} step': value})
+            if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
+                common.save_final(args, ema, 'best.pt')
+        if log.due(step + 1, args.save_every) or log.stop:
+            common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
     common.save_final(args, ema)
 
 
 def evaluate(model, args, judge, nfe, guide=None):
-    """Fréchet distance of samples of `model`, printed. -> (name, value)"""
+    """Fréchet distance of samples of `model`, printed. -> (its name, value)"""
     name, value = fid.evaluate(judge, args.fid_num, lambda j, n: sample(
         model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta, first=100 * j))
     common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
-    return name, value
+    return f'{name}, {nfe} step', value
 
 
 # 8. Command line

@@ -428,6 +428,17 @@ def make_network(args, **changes):
         raise common.UserError(f'--arch {args.arch}: {error}')
 
 
+def initial_network(args):
+    """The network that training starts with: random weights of --seed, or those of --init."""
+    import common
+    torch.manual_seed(args.seed)
+    net = make_network(args)
+    if args.init != 'none' and not args.resume:
+        with common.one_first():
+            load_weights(net, load_pretrained(args.init, common.cache_folder(args))[0], args.init)
+    return net
+
+
 # 3. Published checkpoints
 
 def load_pretrained(path_or_url, cache='data'):

@@ -377,3 +377,37 @@ def test_torchrun_decides_by_the_environment(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path, env=env, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'run/final.pt').exists() and (tmp_path / 'run/metrics.jsonl').read_text().count('"loss"') == 2
+
+
+def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
+    """Above a size, decoded images lie in a file, which is found again and follows the folder."""
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(folder / f'{i}.png')
+    plain = common.image_folder(folder).images
+    monkeypatch.setattr(common, 'MAPPED', 900)
+    assert torch.equal(common.image_folder(folder).images, plain)
+    cache, = tmp_path.glob('pictures-8-*.npy')
+    monkeypatch.setattr(common, 'read_image', lambda data, where, keep=common.read_image: keep(data, where) if '0.png' in where else 1 / 0)
+    assert torch.equal(common.image_folder(folder).images, plain)                       # nothing but the first is decoded again
+    monkeypatch.undo()
+    monkeypatch.setattr(common, 'MAPPED', 900)
+    Image.fromarray(common.draw_shape(7, 8).transpose(1, 2, 0)).save(folder / '5.png')
+    assert len(common.image_folder(folder).images) == 6
+    cache.write_bytes(cache.read_bytes()[:200])
+    (folder / '5.png').unlink()
+    with pytest.raises(common.UserError, match='delete it'):
+        common.image_folder(folder)
+    assert not list(tmp_path.glob('*.part'))
+
+
+def test_batches_are_those_of_their_steps():
+    data = common.shapes(50, 8)
+    args = common.argparse.Namespace(batch=8, seed=3)
+    coming = common.batches(data, args, 4, torch.device('cpu'))
+    for step in (4, 5, 6):
+        index, images, labels = next(coming)
+        assert torch.equal(index, common.batch_indices(50, 8, step, 3)) and torch.equal(labels, data.labels[index])
+        assert torch.equal(images, common.normalise(data.images[index]))
+    coming.close()

@@ -63,7 +63,7 @@ def same(a, b):
 def test_a_run_writes_its_folder(script):
     assert script.train('--sample-every', 2, '--eval-every', 4, '--fid-num', 10) == 0
     names = {p.name for p in script.out.iterdir()} - {'encoder.pt'}
-    assert names == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt'}
+    assert names == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt'}
     assert sorted(p.name for p in (script.out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
     steps = [line for line in lines(script.out) if 'loss' in line]
     assert [line['step'] for line in steps] == [1, 2, 3, 4] and all(math.isfinite(line['loss']) for line in steps)
@@ -217,8 +217,10 @@ def test_dry_run_writes_nothing(script, capsys, tmp_path):
 def test_benchmark_accounts_for_the_step(script, capsys, tmp_path):
     assert script.train('--benchmark', 3) == 0
     out = capsys.readouterr().out
-    for part in ('img/s', 'data', 'forward', 'backward', 'optimiser', 'EMA', 'peak memory'):
+    for part in ('img/s', 'data', 'student', 'teacher', 'loss', 'backward', 'optimiser', 'EMA', 'peak memory'):
         assert part in out
+    share = float(out.split('TFLOP/s a process, ')[1].split('%')[0])
+    assert 0 < share < 110                                      # of the rate of a matrix product in the same run
     assert not list(tmp_path.iterdir())
 
 

@@ -376,7 +376,7 @@ def few_shapes(monkeypatch, tmp_path):
 def test_a_run_writes_its_folder(flags):
     assert run(*TINY, '--sample-every', 2, '--eval-every', 4, '--fid-num', 10, *flags) == 0
     out = Path('runs/sct-shapes')
-    assert {p.name for p in out.iterdir()} == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt'}
+    assert {p.name for p in out.iterdir()} == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt'}
     assert sorted(p.name for p in (out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
     steps = [line for line in lines(out) if 'loss' in line]
     assert [line['step'] for line in steps] == [1, 2, 3, 4] and all(math.isfinite(line['loss']) for line in steps)
