@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import gzip
 import hashlib
 import http.client
 import inspect
@@ -58,9 +59,11 @@ def run(main, argv=None):
             dist.destroy_process_group()        # its threads must end before the interpreter does
         return code
     except (UserError, RuntimeError, KeyboardInterrupt) as caught:
+        if "can't allocate memory" in str(caught):               # the host's; the GPU's has a type of its own
+            caught = torch.OutOfMemoryError()
         lost = dist.is_initialized() and any(word in str(caught).lower() for word in ('connection', 'gloo', 'nccl', 'peer'))
         error = {UserError: caught, KeyboardInterrupt: UserError('interrupted', code=130),
-                 torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch', code=1),
+                 torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch'),
                  RuntimeError: UserError('another process of this run has ended', code=1) if lost else None}.get(
                      type(caught) if not lost else RuntimeError)
         if '--debug' in argv or error is None:
@@ -168,20 +171,20 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped to squares and resized')
     add = parser.add_argument_group('network').add_argument
     add('--arch', choices=['songunet', 'edm2'], default='songunet', help='DDPM++ or the magnitude-preserving network of EDM2')
-    add('--width', type=number(int, 8), metavar='N', help='channels at multiplier 1')
-    add('--mults', type=number(int, 1, many=True), metavar='N,N', help='width of each resolution, finest first')
-    add('--blocks', type=number(int, 1, many='perhaps'), metavar='N', help='residual blocks per resolution; N,N: one each')
+    add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
+    add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
+    add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks per resolution; N,N: one each')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='the same mask for student and teacher')
     add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
     add_flags(parser)
     add = parser.add_argument_group('optimisation').add_argument
-    add('--batch', type=number(int, 1), metavar='N', help='images per step, over all processes')
-    add('--microbatch', type=number(int, 1), metavar='N', help='images at a time in each process, to save memory')
-    add('--steps', type=number(int, 1), metavar='N', help='training steps, those of --pretrain-steps among them')
+    add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
+    add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in each process, to save memory')
+    add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, those of --pretrain-steps among them')
     add('--init', metavar='CKPT', help="weights to start from: a file or URL, ours or EDM's, EDM2's, ECT's; none: random")
-    add('--pretrain-steps', type=number(int, 0), metavar='N', help='first train this long as a diffusion model')
-    add('--lr', type=number(float, 0), metavar='X', help='learning rate')
-    add('--lr-decay', type=number(int, 1), metavar='N', help='after N steps it falls with the inverse square root of the step')
+    add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train this long as a diffusion model')
+    add('--lr', type=number(float, 0, 1e6), metavar='X', help='learning rate')
+    add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='after N steps it falls with the inverse square root of the step')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width instead')
     add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help="arithmetic of the network's layers")
@@ -193,19 +196,19 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     add('--overwrite', action='store_true', help='start over in an --out that holds a run')
     add('--gpus', type=number(int, 1, 1024), default=1, metavar='N', help='processes on this machine, one GPU each')
     add('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
-    add('--save-every', type=number(int, 1), metavar='N', help='steps between checkpoints')
-    add('--sample-every', type=number(int, 1), metavar='N', help='steps between sample grids')
-    add('--eval-every', type=number(int, 1), metavar='N', help='steps between Fréchet distances; none if not given')
-    add('--benchmark', type=number(int, 1), metavar='N', help='time N steps, part by part, and write nothing')
+    add('--save-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between checkpoints')
+    add('--sample-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between sample grids')
+    add('--eval-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between Fréchet distances; none if not given')
+    add('--benchmark', type=number(int, 1, 10 ** 6), metavar='N', help='time N steps, part by part, and write nothing')
     add('--dry-run', action='store_true', help='print the settings and stop')
     add('--debug', action='store_true', help='show tracebacks')
     add = parser.add_argument_group('sampling and evaluation').add_argument
     add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
     add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
-    add('--n', type=number(int, 1), default=64, metavar='N', help='images that --sample writes')
+    add('--n', type=number(int, 1, 10 ** 6), default=64, metavar='N', help='images that --sample writes')
     add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations per sample; 1 if not given')
-    add('--labels', type=number(int, 0, many=True), metavar='N,N', help='classes of the samples, in turn; all if not given')
-    add('--fid-num', type=number(int, 2), metavar='N', help='samples that a Fréchet distance is measured with')
+    add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn; all if not given')
+    add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is measured with')
     add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
     add('--fid-features', choices=['inception', 'pixels'], help='inception gives FID; pixels needs no weights, gives pixel-FD')
     add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
@@ -332,7 +335,10 @@ def _start_copies(args):
             for copy in copies:
                 copy.kill()
                 copy.wait()
-    code = next((code for code in codes if code), 0)
+    i, code = next(((i, code) for i, code in enumerate(codes) if code), (0, 0))
+    if code < 0:
+        print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. The last checkpoint in '
+              f'{args.out} is whole', file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
@@ -464,9 +470,9 @@ def load_data(args):
     root = Path(args.data_dir)
     if args.dataset == 'shapes':
         data = shapes(resolution=args.resolution)
-    elif args.dataset == 'cifar10':
+    elif args.dataset in ('cifar10', 'fmnist'):
         with one_first():
-            data = cifar10(root)
+            data = cifar10(root) if args.dataset == 'cifar10' else fmnist(root)
     else:
         with one_first():
             data = image_folder(root, args.resolution)
@@ -564,6 +570,46 @@ def cifar10_records(data, where):
         raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: damaged or cut short; delete it and get it again')
     records = np.frombuffer(data, np.uint8).reshape(-1, 3073)                 # label, 1024 red, 1024 green, 1024 blue
     return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+
+
+FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
+FMNIST_MD5 = {
+    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d', 'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
+    't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79', 't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
+
+
+def fmnist(root, split='train'):
+    """Fashion-MNIST's own idx files in `root` or root/fashion-mnist, packed or not; downloaded to the latter if not there."""
+    files = [f'{"train" if split == "train" else "t10k"}-{what}-ubyte' for what in ('images-idx3', 'labels-idx1')]
+    held = [folder for folder in (root, root / 'fashion-mnist') if any((folder / f'{files[0]}{end}').exists() for end in ('', '.gz'))]
+    parts = []
+    for axes, file in zip((3, 1), files):
+        path = (held or [root / 'fashion-mnist'])[0] / file
+        if not path.exists():
+            path = path.with_name(f'{file}.gz')
+            if not path.exists():       # else gzip's own checksum tells: Debian's packing of the same bytes has another MD5
+                download(f'{FMNIST_URL}/{path.name}', path, 'md5', FMNIST_MD5[path.name])
+        parts.append(idx_numbers(path, axes))
+    images, labels = parts
+    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
+        raise UserError(f'{path.parent}: not Fashion-MNIST: images {tuple(images.shape)}, labels {tuple(labels.shape)}')
+    return Data(images[:, None], labels.long(), 10, root)
+
+
+def idx_numbers(path, axes):
+    """A file in MNIST's idx format, packed (.gz) or not, of bytes along so many axes -> uint8 of its shape."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == '.gz' else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f'{path} cannot be read: {error}')
+    start = 4 + 4 * axes
+    if len(data) < start or data[:4] != bytes([0, 0, 8, axes]):                # 8: the numbers are bytes
+        raise UserError(f'{path} is no idx file of bytes along {axes} axes: damaged; delete it and get it again')
+    shape = [int.from_bytes(data[at:at + 4], 'big') for at in range(4, start, 4)]
+    if len(data) != start + math.prod(shape):
+        raise UserError(f'{path} has {len(data):,} bytes, not {start + math.prod(shape):,}: damaged or cut short; delete it and get it again')
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
 
 
 IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
@@ -926,11 +972,11 @@ def save_checkpoint(args, step, **parts):
             write_atomic(out / 'checkpoint.pt', lambda file: torch.save(state, file), previous=out / 'previous.pt')
 
 
-def save_final(args, ema, name='final.pt'):
-    """The EMA network alone, a plain state dict, for this and for others' code."""
+def save_final(args, state, name='final.pt'):
+    """State of the EMA network alone, a plain dict, for this and for others' code."""
     if rank() == 0:
         try:
-            write_atomic(Path(args.out) / name, lambda file: torch.save(ema.state_dict(), file))
+            write_atomic(Path(args.out) / name, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:
             raise UserError(f'{args.out}/{name} could not be written: {error}; make room, then --resume --out {args.out}', code=1)
         say(f'written: {args.out}/{name}')
@@ -952,6 +998,8 @@ def load_checkpoint(path):
                 say(f'{error}; going back to {found[found.index(candidate) + 1].name}')
         path = found[-1] if found else path / 'checkpoint.pt'
     try:
+        with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
+            assert (bad := archive.testzip()) is None, f'{bad} in it is damaged'
         state = torch.load(path, map_location='cpu', weights_only=True)
         assert isinstance(state, dict) and state, 'not a checkpoint'
     except FileNotFoundError:
@@ -964,11 +1012,19 @@ def load_checkpoint(path):
     return state
 
 
-def load_network(path, make_network, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), ready to sample; its settings are in `.config`."""
+def load_network(path, make_network, device='cpu', beside=()):
+    """The EMA network of a run (its folder, checkpoint.pt or final.pt), ready to sample; its settings are in `.config`.
+
+    beside: parts of it that a final.pt leaves out; part `name`, if the model has it, is then final-name.pt in the same folder.
+    """
     state = load_checkpoint(path)
-    model = make_network(argparse.Namespace(**state['config']))
-    restore(model, state['ema'], path)
+    model, weights = make_network(argparse.Namespace(**state['config'])), state['ema']
+    for name in beside:
+        if hasattr(model, name) and not any(key.startswith(f'{name}.') for key in weights):
+            file = Path(path) / 'final.pt' if Path(path).is_dir() else Path(path)
+            part = load_checkpoint(file.with_name(f'{file.stem}-{name}.pt'))['ema']
+            weights = weights | {f'{name}.{key}': value for key, value in part.items()}
+    restore(model, weights, path)
     model.config = state['config']
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 

@@ -64,7 +64,7 @@ EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-unc
 PRESETS = {
     'shapes': ICT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
-        batch=32, steps=1600, s1=80, lr=3e-4, lr_decay=100, ema=0.998, ema_every=1,
+        batch=32, steps=1600, s1=80, lr=1e-4, lr_decay=100, mu=0.3, ema=0.998, ema_every=1,
         save_every=500, sample_every=200, eval_every=1600, fid_features='pixels', fid_num=2000),
     'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3, batch=512, steps=100_000),
     'imagenet32': ICT | dict(resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], batch=512, steps=150_000, lr=8e-5),
@@ -351,12 +351,12 @@ def train(args):
             common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
         if log.due(step + 1, args.eval_every):
             if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
-                common.save_final(args, ema, 'best.pt')
+                common.save_final(args, ema.state_dict(), 'best.pt')
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
-    common.save_final(args, ema)
+    common.save_final(args, ema.state_dict())
 
 
 def evaluate(model, args, judge, nfe):

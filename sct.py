@@ -360,17 +360,17 @@ def train(args):
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if step + 1 in kept and not args.benchmark:                             # a worse self, for --guide
-            common.save_final(args, ema, f'ema-{step + 1}.pt')
+            common.save_final(args, ema.state_dict(), f'ema-{step + 1}.pt')
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
             common.save_progress(args, step + 1, sample(ema, 64, args.phases, seed=args.seed), log)
         if log.due(step + 1, args.eval_every):
             if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
-                common.save_final(args, ema, 'best.pt')
+                common.save_final(args, ema.state_dict(), 'best.pt')
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
-    common.save_final(args, ema)
+    common.save_final(args, ema.state_dict())
 
 
 def evaluate(model, args, judge, nfe, guide=None):

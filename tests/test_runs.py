@@ -22,6 +22,7 @@ from conftest import ROOT
 SCRIPTS = {     # name: flags that make a run small
     'sct': ['--pretrain-steps', '0', '--ref-size', 'batch'],
     'gc_ct': [],
+    'vct': ['--pretrain-steps', '0'],
 }
 SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4']
 
@@ -62,7 +63,7 @@ def same(a, b):
 
 def test_a_run_writes_its_folder(script):
     assert script.train('--sample-every', 2, '--eval-every', 4, '--fid-num', 10) == 0
-    names = {p.name for p in script.out.iterdir()} - {'encoder.pt'}
+    names = {p.name for p in script.out.iterdir()} - {'final-encoder.pt', 'best-encoder.pt'}
     assert names == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt'}
     assert sorted(p.name for p in (script.out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
     steps = [line for line in lines(script.out) if 'loss' in line]
