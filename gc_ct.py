@@ -70,6 +70,7 @@ PRESETS = {
     'imagenet32': ICT | dict(resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], batch=512, steps=150_000, lr=8e-5),
     'celeba64': ICT | dict(resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], batch=128, steps=150_000, lr=8e-5)}
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                  # your pictures
+PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64')}
 PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=600, stages=3, lr=1e-3)
 PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
     mults=[2, 2, 2], blocks=4, dropout=0.2, checkpoint=EDM_URL, batch=128, steps=400_000)

@@ -334,6 +334,9 @@ def test_settings_that_depend_on_coupling_and_schedule(capsys):
     assert (tuning['mu'], tuning['optimizer'], tuning['c'], tuning['init'], tuning['batch']) == (0.3, 'RAdam', 0, gc_ct.EDM_URL, 128)
     assert settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect', '--pretrain-steps', 5)['init'] == 'none'
     assert settings(capsys, '--dataset', 'imagenet32')['blocks'] == [3, 5, 7]
+    for name in gc_ct.PRESETS:
+        if isinstance(name, str):
+            assert settings(capsys, '--dataset', name, '--schedule', 'ect')['q'] == 2 and settings(capsys, '--dataset', name)['s1'] > 10
 
 
 def test_the_papers_network_has_35_8_million_parameters(capsys):
