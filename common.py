@@ -8,6 +8,7 @@ import colorsys
 import concurrent.futures
 import contextlib
 import ctypes
+import datetime
 import functools
 import gzip
 import hashlib
@@ -61,7 +62,7 @@ def run(main, argv=None):
     except (UserError, RuntimeError, KeyboardInterrupt) as caught:
         if "can't allocate memory" in str(caught):               # the host's; the GPU's has a type of its own
             caught = torch.OutOfMemoryError()
-        lost = dist.is_initialized() and any(word in str(caught).lower() for word in ('connection', 'gloo', 'nccl', 'peer'))
+        lost = isinstance(caught, RuntimeError) and dist.is_initialized() and any(word in str(caught).lower() for word in ('connection', 'gloo', 'nccl', 'peer'))
         error = {UserError: caught, KeyboardInterrupt: UserError('interrupted', code=130),
                  torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch'),
                  RuntimeError: UserError('another process of this run has ended', code=1) if lost else None}.get(
@@ -151,7 +152,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     use, settings = peek.sample or peek.evaluate or peek.analyse, {}
     if use:
         settings = load_checkpoint(use)['config']
-        for name in ('out', 'gpus', 'device', 'compile', 'microbatch'):        # how it was trained is not how it is sampled
+        for name in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'):        # how it was trained is not how it is sampled
             settings.pop(name, None)
     elif peek.resume:
         settings = read_config(Path(peek.out or f'runs/{script}-{peek.dataset or "shapes"}'))
@@ -186,7 +187,6 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     add('--lr', type=number(float, 0, 1e6), metavar='X', help='learning rate')
     add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='after N steps it falls with the inverse square root of the step')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
-    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width instead')
     add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help="arithmetic of the network's layers")
     add('--compile', action='store_true', help='torch.compile the network')
     add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
@@ -227,7 +227,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     if args.init is None:               # the published start is for the published network
         same = all(getattr(args, name) == preset.get(name) for name in ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution'))
         args.init = (preset.get('checkpoint') if same and not args.pretrain_steps else None) or 'none'
-    if args.resume and not list(Path(args.out).glob('*.pt')):
+    if args.resume and not any((Path(args.out) / f'{name}.pt').exists() for name in ('checkpoint', 'previous', 'final')):
         say(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True
     if args.pretrain_steps > args.steps:
@@ -237,7 +237,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
 
 def config_of(args):
     """The settings of a run as plain values, for config.json and checkpoints."""
-    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'analyse', 'use', 'benchmark', 'n', 'nfe', 'labels', 'guide', 'guidance'}
+    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'analyse', 'use', 'benchmark', 'n', 'guide', 'guidance'}
     return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
 
 
@@ -300,10 +300,11 @@ def start(args):
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
-    torch.backends.cudnn.benchmark = True       # shapes never change: worth trying all convolution algorithms once
+    torch.backends.cudnn.benchmark = True       # shapes hardly change: worth trying all convolution algorithms once
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo', init_method=env.get('INIT_METHOD', 'env://'),
-                                rank=rank(), world_size=world_size())
+                                rank=rank(), world_size=world_size(),
+                                timeout=datetime.timedelta(hours=12))       # the others wait while the first downloads or decodes
     return device
 
 
@@ -682,7 +683,7 @@ def image_folder(root, resolution=None):
         images = fill(np.empty(shape, np.uint8))
     else:
         sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
-        stamp = hashlib.sha256(repr((files, sizes, resolution)).encode()).hexdigest()[:12]
+        stamp = hashlib.sha256(repr((files, sizes, first.shape)).encode()).hexdigest()[:12]
         images = mapped(root.parent / f'{root.name}-{first.shape[1]}-{stamp}.npy', shape, fill)
 
     labels, classes = None, 0
@@ -710,7 +711,11 @@ def mapped(path, shape, fill):
     try:
         if not path.exists():
             say(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
-            fill(np.lib.format.open_memmap(part, 'w+', np.uint8, shape)).flush()
+            images = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
+            if hasattr(os, 'posix_fallocate'):                  # a full disk is to be noticed now: later it is a bus error
+                with open(part, 'r+b') as file:
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+            fill(images).flush()
             os.replace(part, path)
         images = np.load(path, mmap_mode='c')
         if images.shape != shape or images.dtype != np.uint8:
@@ -875,7 +880,8 @@ class Clock:
 
     def report(self, params):
         """Prints medians over all steps but the first two."""
-        parts = {name: float(np.median([step[name] for step in self.parts[2:]])) for name in self.parts[-1]}
+        names = {name: None for step in self.parts[2:] for name in step}            # in order, each once
+        parts = {name: float(np.median([step.get(name, 0.0) for step in self.parts[2:]])) for name in names}
         total, flops, peak = sum(parts.values()), self.counter.get_total_flops(), matmul_rate(self.device, self.args.precision)
         memory = (torch.cuda.max_memory_allocated() if self.device.type == 'cuda'
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -946,9 +952,11 @@ def write_atomic(path, write, previous=None):
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):                     # what torch.save makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
         raise
 
 
@@ -957,15 +965,13 @@ def or_go_on(what):
     """Within this, a full disk costs what was to be written, and not the run."""
     try:
         yield
-    except (OSError, RuntimeError) as error:                    # torch.save's writer raises RuntimeError for some
-        if isinstance(error, RuntimeError) and 'writ' not in str(error):
-            raise
-        say(f'{what} could not be written ({getattr(error, "strerror", None) or str(error).splitlines()[0]}); training goes on')
+    except OSError as error:
+        say(f'{what} could not be written ({error.strerror or error}); training goes on')
 
 
 def save_checkpoint(args, step, **parts):
     """Everything that --resume needs, from the first process: step, settings, and the state of `parts`."""
-    if rank() == 0:
+    if rank() == 0 and not args.benchmark:
         state = dict({name: part.state_dict() for name, part in parts.items()}, step=step, config=config_of(args))
         out = Path(args.out)
         with or_go_on(f'{out}/checkpoint.pt of step {step:,}'):
@@ -975,11 +981,14 @@ def save_checkpoint(args, step, **parts):
 def save_final(args, state, name='final.pt'):
     """State of the EMA network alone, a plain dict, for this and for others' code."""
     if rank() == 0:
-        try:
-            write_atomic(Path(args.out) / name, lambda file: torch.save(state, file))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f'{args.out}/{name} could not be written: {error}; make room, then --resume --out {args.out}', code=1)
-        say(f'written: {args.out}/{name}')
+        with or_go_on(f'{args.out}/{name}') if not name.startswith('final') else contextlib.nullcontext():
+            try:
+                write_atomic(Path(args.out) / name, lambda file: torch.save(state, file))
+            except OSError as error:
+                if name.startswith('final'):
+                    raise UserError(f'{args.out}/{name} could not be written: {error}; make room, then --resume --out {args.out}', code=1)
+                raise
+            say(f'written: {args.out}/{name}')
 
 
 def load_checkpoint(path):
@@ -1066,7 +1075,10 @@ class Log:
             lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
             self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
             self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
-            write_atomic(self.path, lambda file: file.write(''.join(json.dumps(line) + '\n' for line in lines).encode()))
+            try:
+                write_atomic(self.path, lambda file: file.write(''.join(json.dumps(line) + '\n' for line in lines).encode()))
+            except OSError as error:
+                raise UserError(f'{self.path} cannot be written: {error.strerror or error}')
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -1115,7 +1127,7 @@ class Log:
             say(f'step {step:,}/{self.args.steps:,}  {shown}  {speed * self.args.batch:,.0f} img/s  {duration(left)} left',
                 refresh=step < self.args.steps and not self.stop)
             self.shown, self.shown_step = now, step
-        if self.stop:
+        if self.stop and not self.args.benchmark:
             say(f'stopping after step {step:,}; go on with: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, *lines):

@@ -30,7 +30,7 @@ Where the paper leaves a choice, and where we deviate from it or from the publis
  2. Endpoints are made for the samples that use them; the published code makes them for all and drops the rest.
  3. `--coupling ot` assigns within the global minibatch, over all processes.
  4. The distance is that of iCT's paper, pseudo-Huber of the vector, as in the published code (VCT's takes it per number).
- 5. Dropout is 0 with generated endpoints and 0.3 without. `--dropout` sets it, also for each resolution.
+ 5. With `--schedule ict` dropout is 0 with generated endpoints and 0.3 without. `--dropout` sets it, also by resolution.
  6. With `--schedule ect` the optimiser is ECT's RAdam, and f(x, t) -> x at t = 0, so that a diffusion model is a valid start.
  7. `--cond` (labels for network and endpoints) is ours; the paper is unconditional.
  8. The regulariser's proxy in --analyse takes the ODE's exact direction over the training set, where a paper must estimate.
@@ -153,9 +153,12 @@ def generator_coupling(net, x0, z, r, y, chosen, m=0.0):
     net: the endpoint network; x0, z (B, C, H, W); r (B,), the lower level of each pair; chosen (B,) bool, on the host, so that
     picking them needs no wait for the device. -> (B, C, H, W)
     """
-    i = chosen.nonzero()[:, 0].to(x0.device, non_blocking=True)
+    i = chosen.nonzero()[:, 0]
     if not len(i):
         return x0
+    if x0.is_cuda:          # cuDNN tunes itself for every number of images: let there be few, by making some endpoints twice
+        i = torch.cat([i, i[:1].expand(-len(i) % 16)])
+    i = i.to(x0.device, non_blocking=True)
     level = torch.where(r[i] > 0, r[i], SIGMA_MIN)
     x_hat = f(net, x0[i] + r[i, None, None, None] * z[i], level, None if y is None else y[i], m)
     return x0.index_copy(0, i, torch.where(r[i, None, None, None] > 0, x_hat, x0[i]))
@@ -311,11 +314,11 @@ def train(args):
             t, r = level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device)[mine], *table)
         else:
             t = upper_level(normal('level'), args.P_mean, args.P_std)[mine]
-            r = lower_level(t, done * args.stages // total_steps, args.q, args.k, args.b)
+            r = lower_level(t, min(done * args.stages // max(total_steps, 1), args.stages - 1), args.q, args.k, args.b)
         clock('data')
 
         # Coupling.
-        if args.coupling == 'ot':
+        if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, z_all)
             x_all, y_all = x_all[order], None if y_all is None else y_all[order]    # labels travel with their images
         mu = args.mu if args.coupling == 'gc' and not pretraining else 0.0
@@ -328,6 +331,7 @@ def train(args):
         for i, part in enumerate(common.microbatches(wrapped, len(x0), args.microbatch)):
             mask = common.key(args.seed, step, 'dropout', common.rank(), i)
             y_part = None if y is None else y[part]
+            torch.manual_seed(mask)
             x_hat = generator_coupling(endpoint, x0[part], z[part], r[part], y_part, chosen[part], m)
             if pretraining:
                 value = denoising_loss(student, x0[part], z[part], t[part], y_part, mask)

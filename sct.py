@@ -332,7 +332,7 @@ def train(args):
         clock('reference mean')
 
         # Loss and gradient.
-        share = (step - args.pretrain_steps) / max(args.steps - args.pretrain_steps, 1)
+        share = min((step - args.pretrain_steps) / max(args.steps - args.pretrain_steps, 1), 1)
         s = phase_floor(t, edges)
         r = lower_level(t, stage_at(share, args.stages, args.schedule), args.q, args.k, args.b).maximum(s)
         total = torch.zeros((), device=device)
@@ -402,6 +402,7 @@ def add_flags(parser):
     add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
     add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of the run')
+    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
     add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 

@@ -434,8 +434,12 @@ def initial_network(args):
     torch.manual_seed(args.seed)
     net = make_network(args)
     if args.init != 'none' and not args.resume:
+        path = Path(args.init)
+        if path.is_dir():                                       # a run's folder
+            path = path / ('final.pt' if (path / 'final.pt').exists() else 'checkpoint.pt')
         with common.one_first():
-            load_weights(net, load_pretrained(args.init, common.cache_folder(args))[0], args.init)
+            state = load_pretrained(str(path) if path.exists() else args.init, common.cache_folder(args))[0]
+        load_weights(net, {name: value for name, value in state.items() if not name.startswith('encoder.')}, args.init)
     return net
 
 

@@ -352,12 +352,13 @@ def train(args):
             last = table[0][-1], table[0][-2]
         else:
             t = upper_level(normal('level'), args.P_mean, args.P_std, args.kernel)[mine]
-            lower = lambda t: lower_level(t, done * args.stages // total_steps, args.q, args.k, args.b)
+            stage = min(done * args.stages // max(total_steps, 1), args.stages - 1)
+            lower = lambda t: lower_level(t, stage, args.q, args.k, args.b)
             r, last = lower(t), (SIGMA_MAX, lower(torch.tensor(SIGMA_MAX)).item())
         clock('data')
 
         # Coupling.
-        if args.coupling == 'ot':
+        if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, z_all)
             x_all, y_all = x_all[order], None if y_all is None else y_all[order]    # labels travel with their images
         x0, z, y = x_all[mine], z_all[mine], None if y_all is None else y_all[mine]
@@ -491,6 +492,7 @@ def add_flags(parser):
     add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
     add('--q', type=number(float, 1.001), metavar='X', help='ecm: what the gap is divided by from stage to stage')
     add('--stages', type=number(int, 1, 64), metavar='N', help='ecm: how often, over the run')
+    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
     add('--analyse', metavar='CKPT', help='draw the noise that the encoder emits; print KL and loss by noise level')
 
 

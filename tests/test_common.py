@@ -368,6 +368,19 @@ def test_a_failing_process_ends_the_others(command, tmp_path):
     assert not (tmp_path / 'runs').exists()
 
 
+def test_an_error_for_the_user_keeps_its_words(monkeypatch, capsys):
+    """Also where several processes run, and the words are those of a lost connection."""
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+
+    def fail(error):
+        raise error
+    assert common.run(lambda argv: fail(UserError('no data: connection refused')), []) == 2
+    assert common.run(lambda argv: fail(RuntimeError('Connection closed by peer [127.0.0.1]')), []) == 1
+    assert capsys.readouterr().err.splitlines() == ['no data: connection refused', 'another process of this run has ended']
+    with pytest.raises(RuntimeError, match='shapes'):
+        common.run(lambda argv: fail(RuntimeError('shapes do not fit')), [])
+
+
 def test_torchrun_decides_by_the_environment(tmp_path):
     import subprocess, sys
     from conftest import ROOT

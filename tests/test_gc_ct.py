@@ -16,7 +16,7 @@ GC = np.load(Path(__file__).parent / 'data/gc_losses.npz')
 ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
 STEPS = [0, 50_000, 99_999]
 M = gc_ct.SIGMA_MIN
-TINY = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4']
+TINY = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--fid-num', '20']
 
 
 def tensor(golden, name):

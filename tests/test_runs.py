@@ -24,7 +24,7 @@ SCRIPTS = {     # name: flags that make a run small
     'gc_ct': [],
     'vct': ['--pretrain-steps', '0'],
 }
-SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4']
+SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--fid-num', '20']
 
 
 class Script:

@@ -140,6 +140,52 @@ def test_training_goes_on_when_the_disk_is_full(script, monkeypatch, capsys):
     assert [line['step'] for line in lines(script.out) if 'loss' in line] == list(range(1, 11))
 
 
+def test_a_checkpoint_that_does_not_fit(tmp_path, capsys):
+    """The disk ends at any place of the file: torch's own error is none of ours, and the old checkpoint stays whole."""
+    args = common.argparse.Namespace(out=str(tmp_path), benchmark=None)
+    net = torch.nn.Linear(100, 100)
+    common.save_checkpoint(args, 1, ema=net)
+    limit, size = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path / 'checkpoint.pt').stat().st_size
+    for room in random.Random(0).sample(range(1, size), 60):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+        try:
+            common.save_checkpoint(args, 2, ema=net)
+            common.save_final(args, net.state_dict(), 'best.pt')
+            with pytest.raises(common.UserError, match='make room'):
+                common.save_final(args, net.state_dict())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert common.load_checkpoint(tmp_path)['step'] == 1 and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
+    assert capsys.readouterr().out.count('training goes on') == 120
+
+
+def test_a_benchmark_leaves_a_run_alone(script, monkeypatch):
+    assert script.train() == 0
+    before = {path: path.read_bytes() for path in script.out.rglob('*') if path.is_file()}
+    step = common.Log.step
+    monkeypatch.setattr(common.Log, 'step', lambda self, *a, **k: (step(self, *a, **k), setattr(self, 'stop', True)))      # Ctrl-C
+    assert script.train('--benchmark', 3) == 0
+    assert before == {path: path.read_bytes() for path in script.out.rglob('*') if path.is_file()}
+
+
+def test_a_resumed_run_evaluates_what_it_did(script):
+    """The numbers that decide on best.pt stay comparable."""
+    assert script.train('--nfe', '2,1', '--labels', '3', '--eval-every', 2, '--fid-num', 10) == 0
+    assert script.run('--resume', '--out', script.out, '--steps', 6) == 0
+    names = [[name for name in line if 'pixel-FD' in name] for line in lines(script.out) if 'best' in line]
+    assert len(names) == 3 and all(row == names[0] for row in names) and 'classes [3] only), 2 step' in names[0][0]
+    values = [line[names[0][0]] for line in lines(script.out) if 'best' in line]
+    assert [line['best'] for line in lines(script.out) if 'best' in line] == [min(values[:i]) for i in (1, 2, 3)]
+
+
+def test_a_run_starts_from_another(script, refused):
+    assert script.train('--out', 'first') == 0
+    for source in ('first', 'first/checkpoint.pt', 'first/final.pt'):
+        assert script.train('--init', source, '--lr', 0, '--overwrite', '--steps', 1) == 0
+        assert same(weights('first'), weights(script.out))
+    refused(script.module, [*script.small, '--init', 'nowhere', '--out', 'x'], 'nowhere')
+
+
 def test_lines_of_the_log_that_a_full_disk_refuses_are_kept(tmp_path, monkeypatch, capsys):
     args = common.argparse.Namespace(out=str(tmp_path), resume=False, benchmark=None, save_every=None, sample_every=None, eval_every=None,
                                      steps=100, batch=1, script='sct')
