@@ -108,6 +108,22 @@ def test_boundary_condition():
     torch.testing.assert_close(near, x, rtol=0, atol=1e-4)
 
 
+def test_gradients_stop_at_teacher_and_endpoint_and_masks_are_alike():
+    seen, scale = [], torch.ones((), requires_grad=True)
+
+    def net(x, c_noise, y):
+        seen.append((torch.is_grad_enabled(), torch.rand(1).item()))
+        return x * scale
+    x, t = torch.randn(4, 1, 2, 2), torch.ones(4)
+    assert not gc_ct.generator_coupling(net, x, x, t, None, torch.ones(4, dtype=torch.bool)).requires_grad
+    gc_ct.loss(net, x, x, t, t / 2, mask=5).sum().backward()
+    assert [grad for grad, _ in seen] == [False, True, False] and seen[1][1] == seen[2][1]
+    before, scale.grad = scale.grad.clone(), None
+    fixed = lambda x, c_noise, y: x * 1.0                                       # a teacher of its own: the same values, no gradient
+    gc_ct.loss(net, x, x, t, t / 2, mask=5, teacher=fixed).sum().backward()
+    assert torch.equal(before, scale.grad) and before != 0
+
+
 @pytest.mark.parametrize('t', [0.1, 2.0, 80.0])
 def test_posterior_mean_is_exact(t):
     """Against float64 distances, with and without classes."""
@@ -301,6 +317,37 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, endpoint):
     assert torch.equal(asked[-1][1][4], common.rand((64,), 0, 0, 'mix') < 0.5) and before is not None
 
 
+def test_the_levels_of_tuning(monkeypatch):
+    """ECT's pairs, stage by stage, after the steps of the diffusion model, which have no pairs."""
+    seen, plain = [], gc_ct.loss
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, *rest: (seen.append((t, r)), plain(net, x0, z, t, r, *rest))[1])
+    assert run(*TINY, '--schedule', 'ect', '--pretrain-steps', 2, '--steps', 6, '--stages', 4) == 0
+    assert len(seen) == 4
+    for stage, (t, r) in enumerate(seen):
+        assert torch.equal(t, gc_ct.upper_level(common.randn((8,), 0, stage + 2, 'level'), -1.1, 2.0))
+        assert torch.equal(r, gc_ct.lower_level(t, stage))
+
+
+def test_when_and_how_the_moving_average_follows(monkeypatch):
+    """Every so many steps, from the copy at first; and from the diffusion model's average when tuning begins."""
+    decays, plain = [], common.update_ema
+    monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (decays.append(decay), plain(ema, net, decay))[1])
+    assert run(*TINY, '--steps', 7, '--ema-every', 3, '--ema', 0.6) == 0
+    close(decays, [0, 1 - 4 ** (-2 / 3), 0.6])
+    decays.clear()
+    assert run(*TINY, '--steps', 5, '--pretrain-steps', 2, '--schedule', 'ect', '--overwrite') == 0
+    close(decays, [1 - (1 + u) ** (-2 / 3) for u in (0, 1, 0, 1, 2)])
+
+
+def test_tuning_starts_from_the_average_of_the_diffusion_model(monkeypatch):
+    seen, plain = [], common.update_ema
+    monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (seen.append(
+        [{k: v.clone() for k, v in module.state_dict().items()} for module in (ema, net)]), plain(ema, net, decay))[1])
+    assert run(*TINY, '--steps', 4, '--pretrain-steps', 3, '--schedule', 'ect', '--lr', '1e-9', '--ema', 0.9) == 0
+    (ema, net), name = seen[3], 'map_layer0.weight'                             # before the first update of tuning
+    assert (net[name] - ema[name]).abs().max() < 2e-9
+
+
 def test_endpoint_network_is_the_average_or_the_online_one(monkeypatch):
     """After training with a rate the two differ; each run must ask its own. The average has no dropout."""
     for endpoint in ('ema', 'online'):
@@ -373,7 +420,7 @@ def test_wrong_flags_of_gc(refused):
     refused(gc_ct, '--blocks 1,2', 'num_blocks', '2 entries for 3 resolutions')
     refused(gc_ct, '--coupling none', '--coupling')
     assert run(*TINY) == 0
-    refused(gc_ct, '--resume --mu 0.7', '--mu is 0.7', 'made with 0.5')
+    refused(gc_ct, '--resume --mu 0.7', '--mu is 0.7', 'made with 0.3')
     refused(gc_ct, '--resume --coupling ic', '--coupling is ic')
     refused(gc_ct, '--analyse nowhere', 'nowhere')
 

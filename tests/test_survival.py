@@ -1,4 +1,5 @@
 """Runs that are killed, cut, filled up or called wrongly."""
+import contextlib
 import errno
 import importlib
 import json
@@ -37,15 +38,18 @@ def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, t
     assert whole.wait() == 0, whole.stderr.read()
     moments, done = random.Random(name), 0
     for i in range(kills):
-        process = start(name, tmp_path, *(['--resume'] if i else flags), '--out', 'killed', *(['--gpus', gpus] if i else []))
+        begun = (tmp_path / 'killed/config.json').exists()
+        process = start(name, tmp_path, *(['--resume', '--gpus', gpus] if begun else [*flags, '--overwrite']), '--out', 'killed')
         path = tmp_path / 'killed/metrics.jsonl'
         before = path.stat().st_mtime_ns if path.exists() else 0
         begin = time.monotonic()                                                # some die while starting, most while training
         while i % 4 and time.monotonic() - begin < 30 and not (path.exists() and path.stat().st_mtime_ns > before):
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.8))
+        assert process.poll() in (None, 0), process.stderr.read()
         done += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(0.3)                                                         # the copies notice that their parent is gone
     assert done > kills / 2
