@@ -332,8 +332,8 @@ def test_when_and_how_the_moving_average_follows(monkeypatch):
     """Every so many steps, from the copy at first; and from the diffusion model's average when tuning begins."""
     decays, plain = [], common.update_ema
     monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (decays.append(decay), plain(ema, net, decay))[1])
-    assert run(*TINY, '--steps', 7, '--ema-every', 3, '--ema', 0.6) == 0
-    close(decays, [0, 1 - 4 ** (-2 / 3), 0.6])
+    assert run(*TINY, '--steps', 7, '--ema-every', 3, '--ema', 0.65) == 0
+    close(decays, [0, 1 - 4 ** (-2 / 3), 0.65])
     decays.clear()
     assert run(*TINY, '--steps', 5, '--pretrain-steps', 2, '--schedule', 'ect', '--overwrite') == 0
     close(decays, [1 - (1 + u) ** (-2 / 3) for u in (0, 1, 0, 1, 2)])
@@ -343,9 +343,9 @@ def test_tuning_starts_from_the_average_of_the_diffusion_model(monkeypatch):
     seen, plain = [], common.update_ema
     monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (seen.append(
         [{k: v.clone() for k, v in module.state_dict().items()} for module in (ema, net)]), plain(ema, net, decay))[1])
-    assert run(*TINY, '--steps', 4, '--pretrain-steps', 3, '--schedule', 'ect', '--lr', '1e-9', '--ema', 0.9) == 0
+    assert run(*TINY, '--steps', 4, '--pretrain-steps', 3, '--schedule', 'ect', '--lr', 0.01, '--ema', 0.9) == 0
     (ema, net), name = seen[3], 'map_layer0.weight'                             # before the first update of tuning
-    assert (net[name] - ema[name]).abs().max() < 2e-9
+    assert (net[name] - ema[name]).abs().max() < 0.0101                       # one step of Adam away
 
 
 def test_endpoint_network_is_the_average_or_the_online_one(monkeypatch):
