@@ -433,7 +433,7 @@ def analyse(args, model, device):
         common.say(f'{sigma:8.4g}   ' + '  '.join(''.join(f'{means[i, name][which]:9.4f}' for name in names) for which in (0, 1)))
     curve = lambda which: {name: [(sigma, means[i, name][which]) for i, sigma in enumerate(sigmas)] for name in names}
     common.save_picture(args, 'analyse.png', lambda path: common.save_plot(
-        {'transport cost: mean of (x - z)²': curve(0), 'regulariser: mean of (z - v)²': curve(1)}, path, 'noise level sigma'))
+        {'transport cost: mean square of x - z': curve(0), 'regulariser: mean square of z - v': curve(1)}, path, 'noise level sigma'))
 
 
 # 9. Command line

@@ -108,6 +108,12 @@ def test_boundary_condition():
     torch.testing.assert_close(near, x, rtol=0, atol=1e-4)
 
 
+def test_denoising_loss():
+    x0, z, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.5, 3.0])
+    u = gc_ct.f(toy(0.1), x0 + t[:, None, None, None] * z, t) - x0
+    close(gc_ct.denoising_loss(toy(0.1), x0, z, t), (t ** 2 + 0.25) / (0.5 * t) ** 2 * u.square().mean((1, 2, 3)))
+
+
 def test_gradients_stop_at_teacher_and_endpoint_and_masks_are_alike():
     seen, scale = [], torch.ones((), requires_grad=True)
 
