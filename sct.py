@@ -37,6 +37,7 @@ Where the paper leaves a choice, and where we deviate from it:
 import argparse
 import copy
 import json
+import math
 import sys
 
 import torch
@@ -385,8 +386,8 @@ def evaluate(model, args, judge, nfe, guide=None):
 
 def ref_size(text):
     """Type of --ref-size."""
-    if text not in ('batch', 'all') and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f'{text} is not a number, `batch` or `all`')
+    if text not in ('batch', 'all') and not (text.isdecimal() and 0 < int(text) <= 10 ** 6):
+        raise argparse.ArgumentTypeError(f'{text} is not a number up to a million, `batch` or `all`')
     return text
 
 
@@ -414,6 +415,8 @@ def main(argv):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, in ascending order')
     if (args.guide is None) != (args.guidance is None):
         raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
+    if (args.stages + 1) * math.log(args.q) > math.log(1e6):
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: in the end t and r would be the same to single precision')
     args.nfe = args.nfe or [args.phases]
     if args.phases > 1 and args.nfe != [args.phases]:
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')

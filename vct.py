@@ -505,6 +505,8 @@ def main(argv):
         raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
+    if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: in the end t and r would be the same to single precision')
     args.nfe = args.nfe or [1]
     if args.dry_run:
         return common.say(json.dumps(common.config_of(args), indent=2))
