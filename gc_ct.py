@@ -64,15 +64,14 @@ EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-unc
 PRESETS = {
     'shapes': ICT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
-        batch=32, steps=2400, s1=80, lr=1e-4, lr_decay=100, mu=0.3, ema=0.998, ema_every=1,
-        save_every=500, sample_every=200, eval_every=2400, fid_features='pixels', fid_num=2000),
+        batch=32, steps=1600, s1=80, lr=1e-4, lr_decay=100, mu=0.3, ema=0.998, ema_every=1,
+        save_every=500, sample_every=200, eval_every=1600, fid_features='pixels', fid_num=2000),
     'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3, batch=512, steps=100_000),
     'imagenet32': ICT | dict(resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], batch=512, steps=150_000, lr=8e-5),
     'celeba64': ICT | dict(resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], batch=128, steps=150_000, lr=8e-5)}
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                  # your pictures
 PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64')}
-PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(
-    optimizer='Adam', steps=1600, pretrain_steps=600, stages=3, lr=1e-3, eval_every=1600)
+PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=600, stages=3, lr=1e-3)
 PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
     mults=[2, 2, 2], blocks=4, dropout=0.2, checkpoint=EDM_URL, batch=128, steps=400_000)
 PRESETS['folder', 'ect'] = PRESETS['cifar10', 'ect'] | dict(resolution=None, checkpoint=None)
