@@ -184,7 +184,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, those of --pretrain-steps among them')
     add('--init', metavar='CKPT', help="weights to start from: a file or URL, ours or EDM's, EDM2's, ECT's; none: random")
     add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train this long as a diffusion model')
-    add('--lr', type=number(float, 0, 1e6), metavar='X', help='learning rate')
+    add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
     add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='after N steps it falls with the inverse square root of the step')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
     add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help="arithmetic of the network's layers")

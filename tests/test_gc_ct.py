@@ -382,7 +382,7 @@ def test_transport_moves_labels_with_their_images(monkeypatch):
 def test_settings_that_depend_on_coupling_and_schedule(capsys):
     assert settings(capsys, '--dataset', 'cifar10')['dropout'] == 0 and settings(capsys, '--dataset', 'cifar10')['mu'] == 0.5
     assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic')['dropout'] == 0.3
-    assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ot', '--dropout', 0.1)['dropout'] == 0.1
+    assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic', '--dropout', 0.1)['dropout'] == 0.1
     tuning = settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect')
     assert (tuning['mu'], tuning['optimizer'], tuning['c'], tuning['init'], tuning['batch']) == (0.3, 'RAdam', 0, gc_ct.EDM_URL, 128)
     assert settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect', '--pretrain-steps', 5)['init'] == 'none'

@@ -118,7 +118,8 @@ def test_two_processes_equal_one(script, command, tmp_path):
     np.testing.assert_allclose(one, two, rtol=2e-3)
     one, two = (weights(tmp_path / out) for out in ('one', 'two'))
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3)
+        # The sign that Lion takes turns where rounding decides it: 20 steps of 1e-4, twice.
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=4e-3 if script.name == 'gc_ct' else 1e-3)
 
 
 def test_samples_and_evaluation(script, capsys):
@@ -138,7 +139,7 @@ def test_samples_and_evaluation(script, capsys):
 
 
 def test_precision_of_sampling_is_the_flags(script):
-    assert script.train() == 0
+    assert script.train('--ema', 0, '--lr', 0.01) == 0
     for precision in ('fp32', 'bf16'):
         assert script.run('--sample', script.out, '--precision', precision, '--out', precision) == 0
     assert Path('fp32/sample-1-step.png').read_bytes() != Path('bf16/sample-1-step.png').read_bytes()
