@@ -262,6 +262,22 @@ def test_zip_entries_never_reach_the_disk(tmp_path):
     assert not list(tmp_path.parent.glob('**/escaped.png')) and not Path('/absolute.png').exists()
 
 
+def test_links_in_a_zip_and_names_beyond_ascii(tmp_path):
+    """A link is its text, no image, and is not followed; any name will do."""
+    picture(tmp_path / 'in/x.png')
+    with zipfile.ZipFile(tmp_path / 'z.zip', 'w') as archive:
+        archive.write(tmp_path / 'in/x.png', 'b\u00e4ume/\u732b.png')
+    assert len(common.image_folder(tmp_path / 'z.zip').images) == 1
+    link = zipfile.ZipInfo('link.png')
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / 'z.zip', 'a') as archive:
+        archive.writestr(link, str(tmp_path / 'in/x.png'))
+    with pytest.raises(UserError, match='link.png cannot be read as an image'):
+        common.image_folder(tmp_path / 'z.zip')
+    picture(tmp_path / 'f\u00fcr/\u732b.png')
+    assert len(common.image_folder(tmp_path / 'f\u00fcr').images) == 1
+
+
 # Steps
 
 def test_ema():
