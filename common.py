@@ -490,8 +490,9 @@ def cache_folder(args):
 
 
 def fit_to_data(args, data):
-    """Sets args.resolution, args.in_channels and args.label_dim to the data's."""
+    """Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not."""
     args.resolution, args.in_channels, args.label_dim = data.images.shape[-1], data.images.shape[1], data.classes
+    choose_labels(1, args.labels, args.label_dim)
 
 
 def _turned(points, angle):
@@ -1200,6 +1201,11 @@ def save_picture(args, name, write):
     except OSError as error:
         raise UserError(f'{folder / name} cannot be written: {error.strerror or error}')
     say(str(folder / name))
+
+
+def save_sample(args, nfe, images):
+    """The grid that --sample makes."""
+    save_picture(args, f'sample-{nfe}-step.png', lambda path: save_grid(images, path))
 
 
 def save_curves(metrics, path):

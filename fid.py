@@ -308,7 +308,9 @@ class Judge(NamedTuple):
 
 
 def prepare(args, data, device):
-    """Judge of samples of a run: against its training set, or --fid-ref."""
+    """Judge of samples of a run, against its training set or --fid-ref; None for a run without evaluations."""
+    if not args.evaluate and (not args.eval_every or args.benchmark):
+        return None
     features, kind = feature_network(args.fid_features, args.inception, common.cache_folder(args), device)
     if args.fid_ref:
         return Judge(features, kind, load_statistics(args.fid_ref), args.fid_ref, False)

@@ -267,9 +267,7 @@ def train(args):
     device = common.start(args)
     data = common.load_data(args).to(device)
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
-    common.choose_labels(1, args.labels, args.label_dim)
-    if args.eval_every and not args.benchmark:
-        judge = fid.prepare(args, data, device)                                 # now: what is missing is to be missed now
+    judge = fid.prepare(args, data, device)                             # now: what is missing is to be missed now
 
     net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
     net.config = common.config_of(args)
@@ -480,8 +478,7 @@ def main(argv):
         if args.evaluate:
             evaluate(model, args, judge, nfe)
         else:
-            images = sample(model, args.n, nfe, args.labels, args.seed)
-            common.save_picture(args, f'sample-{nfe}-step.png', lambda path: common.save_grid(images, path))
+            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
 """Shared by all tests: the scripts on the path, a command runner, and real data where it is at hand."""
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import common
+
 DATA = Path(os.environ.get('REAL_DATA', ROOT / 'data'))
 
 
@@ -48,8 +52,6 @@ def command(tmp_path):
 @pytest.fixture
 def refused(capsys):
     """refused(module, 'flags', 'words'): the command exits with 2 and one line on stderr that contains the words."""
-    import common
-
     def call(module, flags, *words):
         argv = flags.split() if isinstance(flags, str) else [str(flag) for flag in flags]
         try:
@@ -73,3 +75,47 @@ def named_weights(net):
         shift = 1 if p.ndim < 2 and 'norm' in name and name.endswith('weight') else 0
         p.copy_(torch.from_numpy(np.asarray(shift + scale * r, dtype=np.float32)))
     return net
+
+
+# Small runs of all scripts
+
+SCRIPTS = {     # name: flags that make a run small
+    'sct': ['--pretrain-steps', '0', '--ref-size', 'batch'],
+    'gc_ct': [],
+    'vct': ['--pretrain-steps', '0'],
+}
+SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--fid-num', '20']
+
+
+class Script:
+    """One of the scripts, with small runs of it."""
+
+    def __init__(self, name):
+        self.name, self.module, self.small = name, importlib.import_module(name), [*SMALL, *SCRIPTS[name]]
+        self.out = Path(f'runs/{name}-shapes')
+
+    def run(self, *flags):
+        return common.run(self.module.main, [str(flag) for flag in flags])
+
+    def train(self, *flags):
+        return self.run(*self.small, *flags)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw = common.shapes
+    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
+    return Script(request.param)
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def weights(out, name='final.pt'):
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

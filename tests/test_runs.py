@@ -17,48 +17,7 @@ from PIL import Image
 
 import common
 import fid
-from conftest import ROOT
-
-SCRIPTS = {     # name: flags that make a run small
-    'sct': ['--pretrain-steps', '0', '--ref-size', 'batch'],
-    'gc_ct': [],
-    'vct': ['--pretrain-steps', '0'],
-}
-SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--fid-num', '20']
-
-
-class Script:
-    """One of the scripts, with small runs of it."""
-
-    def __init__(self, name):
-        self.name, self.module, self.small = name, importlib.import_module(name), [*SMALL, *SCRIPTS[name]]
-        self.out = Path(f'runs/{name}-shapes')
-
-    def run(self, *flags):
-        return common.run(self.module.main, [str(flag) for flag in flags])
-
-    def train(self, *flags):
-        return self.run(*self.small, *flags)
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    draw = common.shapes
-    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
-    return Script(request.param)
-
-
-def lines(out):
-    return [json.loads(line) for line in (Path(out) / 'metrics.jsonl').read_text().splitlines()]
-
-
-def weights(out, name='final.pt'):
-    return torch.load(Path(out) / name, weights_only=True)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from conftest import ROOT, SCRIPTS, lines, same, weights
 
 
 def test_a_run_writes_its_folder(script):

@@ -1,8 +1,6 @@
 """Runs that are killed, cut, filled up or called wrongly."""
 import contextlib
 import errno
-import importlib
-import json
 import os
 import random
 import resource
@@ -12,13 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import common
-from conftest import ROOT
-from test_runs import SCRIPTS, Script, lines, same, script, weights        # noqa: F401 (a fixture)
+from conftest import ROOT, SCRIPTS, Script, lines, same, weights
 
 
 # Killed
