@@ -1,7 +1,7 @@
-"""Plumbing that the paper scripts share: errors, flags, data, keyed randomness, processes, EMA, checkpoints, log, pictures.
+"""Plumbing that the paper scripts share: errors, flags, data, keyed randomness, processes, EMA, checkpoints, pictures.
 
-Nothing in here knows an algorithm. These are functions to call, not a framework to fit into: a script's own `train` is a
-plain loop that calls what it needs.
+Nothing in here knows an algorithm. These are functions to call, not a framework to fit into: a script's own `train` is
+a plain loop that calls what it needs.
 """
 import argparse
 import colorsys
@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # 1. Errors and messages
 
 class UserError(Exception):
-    """Something that the user can mend. Printed as one line on stderr; the exit code is 2 for bad input, 1 otherwise."""
+    """Something that the user can mend: one line on stderr; the exit code is 2 for bad input, 1 otherwise."""
 
     def __init__(self, message, code=2):
         super().__init__(' '.join(str(message).split()))
@@ -52,7 +52,7 @@ class UserError(Exception):
 
 
 def run(main, argv=None):
-    """Calls `main(argv)` and returns its exit code; a UserError becomes one line on stderr (`--debug`: a traceback)."""
+    """Calls `main(argv)` -> its exit code. What a user can mend becomes one line on stderr (`--debug`: a traceback)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = main(argv) or 0
@@ -60,19 +60,27 @@ def run(main, argv=None):
             dist.destroy_process_group()        # its threads must end before the interpreter does
         return code
     except (UserError, RuntimeError, KeyboardInterrupt) as caught:
-        if "can't allocate memory" in str(caught):               # the host's; the GPU's has a type of its own
-            caught = torch.OutOfMemoryError()
-        lost = isinstance(caught, RuntimeError) and dist.is_initialized() and any(word in str(caught).lower() for word in ('connection', 'gloo', 'nccl', 'peer'))
-        error = {UserError: caught, KeyboardInterrupt: UserError('interrupted', code=130),
-                 torch.OutOfMemoryError: UserError('out of memory: lower --batch, or split it with --microbatch'),
-                 RuntimeError: UserError('another process of this run has ended', code=1) if lost else None}.get(
-                     type(caught) if not lost else RuntimeError)
+        error = explain(caught)
         if '--debug' in argv or error is None:
             raise
     if rank():
         time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
-    print('\n' * _line_open + f'process {rank()}: ' * (rank() > 0) + str(error), file=sys.stderr, flush=True)
+    who = f'process {rank()}: ' if rank() else ''
+    print('\n' * _line_open + who + str(error), file=sys.stderr, flush=True)
     return error.code
+
+
+def explain(error):
+    """The UserError that an exception amounts to; None if it is a fault of the program."""
+    text = str(error).lower()
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return UserError('interrupted', code=130)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:        # the GPU's, the host's
+        return UserError('out of memory: lower --batch, or split it with --microbatch')
+    if dist.is_initialized() and any(word in text for word in ('connection', 'gloo', 'nccl', 'peer')):
+        return UserError('another process of this run has ended', code=1)
 
 
 _line_open = False          # whether the terminal's last line is a progress line that awaits being written over
@@ -131,29 +139,83 @@ def number(kind=int, low=-math.inf, high=math.inf, many=False):
     return parse
 
 
+def add_common_flags(parser, script, names, add_flags):
+    """The flags that all scripts have, in groups, each with an example. `names`: the data sets; add_flags: its own."""
+    group = lambda title, example: parser.add_argument_group(title, f'python {script}.py {example}').add_argument
+    add = group('data', '--dataset folder --data-dir pictures.zip --resolution 64')
+    add('--dataset', default='shapes', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
+    add('--data-dir', default='data', metavar='PATH', help='where data sets lie or go; or a folder or zip of images')
+    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped and resized')
+    add = group('network', '--dataset cifar10 --width 32 --blocks 1 --dropout 0')
+    add('--arch', choices=['songunet', 'edm2'], default='songunet', help="DDPM++, or the network of EDM2")
+    add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
+    add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
+    add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
+    add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
+    add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
+    add_flags(parser)
+    add = group('optimisation', '--batch 256 --microbatch 32 --precision bf16 --compile')
+    add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
+    add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in a process, to save memory')
+    add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, with those of --pretrain-steps')
+    add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
+    add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
+    add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
+    add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='falls with the inverse root of the step after N')
+    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
+    add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help='arithmetic of the network')
+    add('--compile', action='store_true', help='torch.compile the network')
+    add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
+    add = group('run', '--dataset cifar10 --gpus 8 --out runs/mine --resume')
+    add('--out', metavar='DIR', help=f'where the run goes; runs/{script}-<dataset> if not given')
+    add('--resume', action='store_true', help='go on from the checkpoint in --out')
+    add('--overwrite', action='store_true', help='start over in an --out that holds a run')
+    add('--gpus', type=number(int, 1, 1024), default=1, metavar='N', help='processes on this machine, one GPU each')
+    add('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
+    add('--save-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between checkpoints')
+    add('--sample-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between sample grids')
+    add('--eval-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between Fréchet distances')
+    add('--benchmark', type=number(int, 1, 10 ** 6), metavar='N', help='time N steps, part by part, and write nothing')
+    add('--dry-run', action='store_true', help='print the settings and stop')
+    add('--debug', action='store_true', help='show tracebacks')
+    add = group('sampling and evaluation', f'--sample runs/{script}-shapes --nfe 1,2,4 --labels 0,3')
+    add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
+    add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
+    add('--n', type=number(int, 1, 10 ** 6), default=64, metavar='N', help='images that --sample writes')
+    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations a sample; not given: 1')
+    add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
+    add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is of')
+    add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
+    add('--fid-features', choices=['inception', 'pixels'], help='inception: FID; pixels need no weights: pixel-FD')
+    add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
+
+
 # Flags that may differ between a run and its resumption: they change where and how long it runs, not what it computes.
-FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every eval_every
-    fid_num fid_ref fid_features inception dry_run debug sample evaluate analyse benchmark n nfe labels eta guide guidance keep_ema'''.split())
+FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every
+    eval_every fid_num fid_ref fid_features inception dry_run debug sample evaluate analyse benchmark n nfe labels eta
+    guide guidance keep_ema'''.split())
+# Settings that are no part of a run: they say what this command is to do.
+NOT_KEPT = set('''argv out_given resume overwrite dry_run debug sample evaluate analyse use benchmark n guide
+    guidance'''.split())
 
 
 def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
-    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or sampled.
+    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
 
     A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
     `args.use` is the checkpoint of --sample, --evaluate or --analyse.
     """
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument('--dataset')
-    first.add_argument('--out')
     first.add_argument('--resume', action='store_true')
-    for name in ('sample', 'evaluate', 'analyse', switch):
+    for name in ('dataset', 'out', 'sample', 'evaluate', 'analyse', switch):
         first.add_argument(f'--{name}')
     peek = first.parse_known_args(argv)[0]
     use, settings = peek.sample or peek.evaluate or peek.analyse, {}
-    if use:
-        settings = load_checkpoint(use)['config']
-        for name in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'):        # how it was trained is not how it is sampled
-            settings.pop(name, None)
+    if sum(map(bool, (peek.sample, peek.evaluate, peek.analyse))) > 1:
+        raise UserError('--sample, --evaluate and --analyse: one at a time')
+    if use:             # how it was trained is not how it is sampled
+        settings = {name: value for name, value in load_checkpoint(use)['config'].items()
+                    if name not in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels')}
     elif peek.resume:
         settings = read_config(Path(peek.out or f'runs/{script}-{peek.dataset or "shapes"}'))
     if settings.get('script', script) != script:
@@ -165,53 +227,8 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     preset = presets.get((dataset, getattr(peek, switch) or settings.get(switch)), presets[dataset])
 
     parser = Parser(prog=f'{script}.py', usage=f'python {script}.py [FLAGS]', description=doc, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group('data').add_argument
-    add('--dataset', default='shapes', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
-    add('--data-dir', default='data', metavar='PATH', help='where data sets lie or go; for `folder`, the folder or zip of images')
-    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped to squares and resized')
-    add = parser.add_argument_group('network').add_argument
-    add('--arch', choices=['songunet', 'edm2'], default='songunet', help='DDPM++ or the magnitude-preserving network of EDM2')
-    add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
-    add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
-    add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks per resolution; N,N: one each')
-    add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='the same mask for student and teacher')
-    add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
-    add_flags(parser)
-    add = parser.add_argument_group('optimisation').add_argument
-    add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
-    add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in each process, to save memory')
-    add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, those of --pretrain-steps among them')
-    add('--init', metavar='CKPT', help="weights to start from: a file or URL, ours or EDM's, EDM2's, ECT's; none: random")
-    add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train this long as a diffusion model')
-    add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
-    add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='after N steps it falls with the inverse square root of the step')
-    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
-    add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help="arithmetic of the network's layers")
-    add('--compile', action='store_true', help='torch.compile the network')
-    add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
-    add = parser.add_argument_group('run').add_argument
-    add('--out', metavar='DIR', help=f'where the run goes; runs/{script}-<dataset> if not given')
-    add('--resume', action='store_true', help='go on from the checkpoint in --out')
-    add('--overwrite', action='store_true', help='start over in an --out that holds a run')
-    add('--gpus', type=number(int, 1, 1024), default=1, metavar='N', help='processes on this machine, one GPU each')
-    add('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
-    add('--save-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between checkpoints')
-    add('--sample-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between sample grids')
-    add('--eval-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between Fréchet distances; none if not given')
-    add('--benchmark', type=number(int, 1, 10 ** 6), metavar='N', help='time N steps, part by part, and write nothing')
-    add('--dry-run', action='store_true', help='print the settings and stop')
-    add('--debug', action='store_true', help='show tracebacks')
-    add = parser.add_argument_group('sampling and evaluation').add_argument
-    add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
-    add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
-    add('--n', type=number(int, 1, 10 ** 6), default=64, metavar='N', help='images that --sample writes')
-    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations per sample; 1 if not given')
-    add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn; all if not given')
-    add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is measured with')
-    add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
-    add('--fid-features', choices=['inception', 'pixels'], help='inception gives FID; pixels needs no weights, gives pixel-FD')
-    add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(parser, script, names, add_flags)
     parser.set_defaults(**dict(analyse=None, use=use) | preset | settings)
     for action in parser._actions:
         if action.default is not argparse.SUPPRESS and action.default not in (None, False) and action.help:
@@ -223,11 +240,13 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     args.out = args.out or f'runs/{script}-{args.dataset}'
     for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if use else set())):
         if hasattr(args, key) and getattr(args, key) != settings[key]:
-            raise UserError(f'--{key.replace("_", "-")} is {getattr(args, key)}, but the run was made with {settings[key]}')
+            flag = '--' + key.replace('_', '-')
+            raise UserError(f'{flag} is {getattr(args, key)}, but the run was made with {settings[key]}')
     if args.init is None:               # the published start is for the published network
-        same = all(getattr(args, name) == preset.get(name) for name in ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution'))
-        args.init = (preset.get('checkpoint') if same and not args.pretrain_steps else None) or 'none'
-    if args.resume and not any((Path(args.out) / f'{name}.pt').exists() for name in ('checkpoint', 'previous', 'final')):
+        shape = ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution')
+        published = all(getattr(args, name) == preset.get(name) for name in shape) and not args.pretrain_steps
+        args.init = published and preset.get('checkpoint') or 'none'
+    if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
         say(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True
     if args.pretrain_steps > args.steps:
@@ -237,8 +256,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
 
 def config_of(args):
     """The settings of a run as plain values, for config.json and checkpoints."""
-    left_out = {'argv', 'out_given', 'resume', 'overwrite', 'dry_run', 'debug', 'sample', 'evaluate', 'analyse', 'use', 'benchmark', 'n', 'guide', 'guidance'}
-    return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_KEPT}
 
 
 def read_config(out):
@@ -301,15 +319,14 @@ def start(args):
     torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
     torch.backends.cudnn.benchmark = True       # shapes hardly change: worth trying all convolution algorithms once
-    if world_size() > 1 and not dist.is_initialized():
+    if world_size() > 1 and not dist.is_initialized():          # the others wait while the first downloads or decodes
         dist.init_process_group('nccl' if cuda else 'gloo', init_method=env.get('INIT_METHOD', 'env://'),
-                                rank=rank(), world_size=world_size(),
-                                timeout=datetime.timedelta(hours=12))       # the others wait while the first downloads or decodes
+                                rank=rank(), world_size=world_size(), timeout=datetime.timedelta(hours=12))
     return device
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory instead of giving it back: on a CPU, faulting it in again is a third of some steps."""
+    """Tells glibc to keep freed memory: on a CPU, faulting it in again and again is a third of some steps."""
     with contextlib.suppress(OSError, AttributeError):          # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: take up to 1 GiB from the heap
@@ -318,15 +335,15 @@ def keep_freed_memory():
 
 def _start_copies(args):
     """N processes of this command; the first that fails, or a signal to this process, ends them all. -> exit code"""
-    script = Path(__file__).resolve().parent / f'{args.script}.py'
+    command = [sys.executable, str(Path(__file__).resolve().parent / f'{args.script}.py'), *args.argv]
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, WORLD_SIZE=str(args.gpus), INIT_METHOD=f'file://{folder}/rendezvous', WATCH_STDIN='1')
         env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.gpus)))
-        copies = [subprocess.Popen([sys.executable, str(script), *args.argv], env=dict(env, RANK=str(i), LOCAL_RANK=str(i)),
-                                   stdin=subprocess.PIPE, start_new_session=True)         # Ctrl-C reaches them through here only
-                  for i in range(args.gpus)]
+        copies = [subprocess.Popen(command, env=dict(env, RANK=str(i), LOCAL_RANK=str(i)), stdin=subprocess.PIPE,
+                                   start_new_session=True) for i in range(args.gpus)]   # Ctrl-C reaches them from here
+        forward = lambda number, _: [copy.send_signal(number) for copy in copies if copy.poll() is None]
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: [copy.send_signal(number) for copy in copies if copy.poll() is None])
+            signal.signal(number, forward)
         try:
             while (codes := [copy.poll() for copy in copies]).count(None):
                 if any(codes):
@@ -338,8 +355,8 @@ def _start_copies(args):
                 copy.wait()
     i, code = next(((i, code) for i, code in enumerate(codes) if code), (0, 0))
     if code < 0:
-        print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. The last checkpoint in '
-              f'{args.out} is whole', file=sys.stderr)
+        print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. '
+              f'The last checkpoint in {args.out} is whole', file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
@@ -349,13 +366,21 @@ def my_part(batch):
     return slice(rank() * share, (rank() + 1) * share)
 
 
+def compile_in_place(*modules):
+    """torch.compile, of which each network's user sees nothing."""
+    torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
+    for module in modules:
+        module.compile()
+
+
 def distributed(net):
     """`net` itself, or with several processes wrapped so that backward averages the gradients over them."""
     if world_size() == 1:
         return net
     ddp = torch.nn.parallel.DistributedDataParallel
-    no_broadcast = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(ddp).parameters else 'broadcast_buffers'
-    return ddp(net, gradient_as_bucket_view=True, **{no_broadcast: False})     # the buffers are constants
+    renamed = 'forward_sync_buffers' in inspect.signature(ddp).parameters
+    no_broadcast = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}      # the buffers are constants
+    return ddp(net, gradient_as_bucket_view=True, **no_broadcast)
 
 
 @contextlib.contextmanager
@@ -370,7 +395,7 @@ def one_first():
 
 
 def microbatches(net, n, size):
-    """Slices of at most `size` (all n if None) of a process's part of the batch; gradients are averaged at the last one only."""
+    """Slices of at most `size` (None: n) of a process's part of the batch; the last one alone averages gradients."""
     for at in range(0, n, size or n):
         if isinstance(net, torch.nn.parallel.DistributedDataParallel):
             net.require_backward_grad_sync = at + (size or n) >= n
@@ -384,24 +409,24 @@ def key(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little') >> 1
 
 
+def generator(*parts, device='cpu'):
+    """The random generator named by `parts`."""
+    return torch.Generator(device).manual_seed(key(*parts))
+
+
 def randn(shape, *parts, device='cpu'):
     """Standard normal numbers of `shape` from the generator named by `parts`."""
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(key(*parts)), device=device)
+    return torch.randn(shape, generator=generator(*parts, device=device), device=device)
 
 
 def rand(shape, *parts, device='cpu'):
     """Numbers of `shape`, uniform in [0, 1), from the generator named by `parts`."""
-    return torch.rand(shape, generator=torch.Generator(device).manual_seed(key(*parts)), device=device)
-
-
-def randint(high, n, *parts):
-    """n integers from 0 to high - 1, (n,), from the generator named by `parts`."""
-    return torch.randint(high, (n,), generator=torch.Generator().manual_seed(key(*parts)))
+    return torch.rand(shape, generator=generator(*parts, device=device), device=device)
 
 
 @functools.lru_cache(maxsize=2)
 def _permutation(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key(seed, epoch, 'order')))
+    return torch.randperm(n, generator=generator(seed, epoch, 'order'))
 
 
 def batch_indices(n, batch, step, seed):
@@ -417,7 +442,7 @@ def batch_indices(n, batch, step, seed):
 # 5. Data
 
 class Data(NamedTuple):
-    """A data set: images uint8 (N, C, H, W), labels int64 (N,) or None, number of classes, and where its cache may lie."""
+    """A data set: images uint8 (N, C, H, W), labels int64 (N,) or None, number of classes, where its cache may lie."""
     images: torch.Tensor
     labels: torch.Tensor
     classes: int
@@ -439,9 +464,9 @@ class Data(NamedTuple):
 
 
 def batches(data, args, start, device):
-    """Of each step from `start` on: indices (B,), images in [-1, 1] (B, C, H, W) and labels (B,) or None of the global batch.
+    """The global batch of each step from `start` on: indices (B,), images in [-1, 1] (B, C, H, W), labels (B,) or None.
 
-    Images that lie on the host are gathered a step ahead, by a thread and into memory from which a GPU copies by itself.
+    Images that lie on the host are gathered a step ahead, by a thread and into memory that a GPU copies from by itself.
     """
     def gather(step):
         index = batch_indices(len(data.images), args.batch, step, args.seed)
@@ -469,16 +494,16 @@ def to_uint8(x):
 def load_data(args):
     """The data set that the flags name, on the host. `--cond` needs labels; without it they are left out."""
     root = Path(args.data_dir)
-    if args.dataset == 'shapes':
-        data = shapes(resolution=args.resolution)
-    elif args.dataset in ('cifar10', 'fmnist'):
-        with one_first():
+    with one_first() if args.dataset != 'shapes' else contextlib.nullcontext():
+        if args.dataset == 'shapes':
+            data = shapes(resolution=args.resolution)
+        elif args.dataset in ('cifar10', 'fmnist'):
             data = cifar10(root) if args.dataset == 'cifar10' else fmnist(root)
-    else:
-        with one_first():
+        else:
             data = image_folder(root, args.resolution)
     if args.resolution and args.resolution != data.images.shape[-1]:
-        raise UserError(f'--resolution {args.resolution}: {args.dataset} is {data.images.shape[-1]}x{data.images.shape[-1]}')
+        size = data.images.shape[-1]
+        raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
     if args.cond and data.labels is None:
         raise UserError(f'--cond: {root} has no labels (class sub-folders or a dataset.json)')
     return data if args.cond else data._replace(labels=None, classes=0)
@@ -502,23 +527,18 @@ def _turned(points, angle):
 _ARC = [2 * math.pi * i / 60 for i in range(60)]
 _CIRCLE = [(math.cos(a), math.sin(a)) for a in _ARC]
 _SQUARE = [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
-_PLUS = [corner for turn in range(4) for corner in _turned([(-0.28, -1), (0.28, -1), (0.28, -0.28)], turn * math.pi / 2)]
+_PLUS = [p for turn in range(4) for p in _turned([(-0.28, -1), (0.28, -1), (0.28, -0.28)], turn * math.pi / 2)]
+_HEART = [(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a) - 13 * math.cos(a)) / 16)
+          for a in _ARC]
+_STAR = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate([1.15, 0.48] * 5)]
 SHAPES = {      # name: outline, and the hole in it, within [-1, 1]², y downwards
-    'circle': (_CIRCLE, None),
-    'ring': (_CIRCLE, 0.55),
-    'square': (_SQUARE, None),
-    'frame': (_SQUARE, 0.55),
-    'triangle': ([(0, -1), (1, 0.8), (-1, 0.8)], None),
-    'diamond': ([(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)], None),
-    'plus': (_PLUS, None),
-    'cross': (_turned(_PLUS, math.pi / 4), None),
-    'heart': ([(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a) - 13 * math.cos(a)) / 16) for a in _ARC], None),
-    'star': ([(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i in range(10) for r in [0.48 if i % 2 else 1.15]], None),
-}
+    'circle': (_CIRCLE, None), 'ring': (_CIRCLE, 0.55), 'square': (_SQUARE, None), 'frame': (_SQUARE, 0.55),
+    'triangle': ([(0, -1), (1, 0.8), (-1, 0.8)], None), 'diamond': ([(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)], None),
+    'plus': (_PLUS, None), 'cross': (_turned(_PLUS, math.pi / 4), None), 'heart': (_HEART, None), 'star': (_STAR, None)}
 
 
 def draw_shape(i, resolution=16):
-    """Picture i of the `shapes` data, a function of i alone: a coloured shape, number i % 10 of SHAPES, on a dark ground.
+    """Picture i of the `shapes` data, a function of i alone: shape number i % 10 of SHAPES, coloured, on a dark ground.
 
     -> uint8 (3, resolution, resolution)
     """
@@ -569,32 +589,35 @@ def cifar10(root, split='train'):
 def cifar10_records(data, where):
     """The bytes of one of CIFAR-10's .bin files -> images uint8 (10000, 3, 32, 32), labels int64 (10000,)."""
     if len(data) != 30_730_000:
-        raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: damaged or cut short; delete it and get it again')
+        raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: {DAMAGED}')
     records = np.frombuffer(data, np.uint8).reshape(-1, 3073)                 # label, 1024 red, 1024 green, 1024 blue
-    return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+    images, labels = records[:, 1:].reshape(-1, 3, 32, 32).copy(), records[:, 0].astype(np.int64)
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
 FMNIST_MD5 = {
-    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d', 'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
-    't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79', 't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
+    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+    'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
+    't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
+    't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
 
 
 def fmnist(root, split='train'):
-    """Fashion-MNIST's own idx files in `root` or root/fashion-mnist, packed or not; downloaded to the latter if not there."""
-    files = [f'{"train" if split == "train" else "t10k"}-{what}-ubyte' for what in ('images-idx3', 'labels-idx1')]
-    held = [folder for folder in (root, root / 'fashion-mnist') if any((folder / f'{files[0]}{end}').exists() for end in ('', '.gz'))]
-    parts = []
-    for axes, file in zip((3, 1), files):
-        path = (held or [root / 'fashion-mnist'])[0] / file
+    """Fashion-MNIST's own idx files, packed or not, in `root` or root/fashion-mnist; else downloaded there."""
+    prefix, parts = 'train' if split == 'train' else 't10k', []
+    there = [p for folder in ('', 'fashion-mnist/') for p in root.glob(f'{folder}{prefix}-images-idx3-ubyte*')]
+    folder = there[0].parent if there else root / 'fashion-mnist'
+    for axes, file in ((3, f'{prefix}-images-idx3-ubyte'), (1, f'{prefix}-labels-idx1-ubyte')):
+        path = folder / file
         if not path.exists():
-            path = path.with_name(f'{file}.gz')
-            if not path.exists():       # else gzip's own checksum tells: Debian's packing of the same bytes has another MD5
+            path = folder / f'{file}.gz'
+            if not path.exists():       # else gzip's own checksum tells: other packings have other MD5 sums
                 download(f'{FMNIST_URL}/{path.name}', path, 'md5', FMNIST_MD5[path.name])
         parts.append(idx_numbers(path, axes))
     images, labels = parts
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
-        raise UserError(f'{path.parent}: not Fashion-MNIST: images {tuple(images.shape)}, labels {tuple(labels.shape)}')
+        raise UserError(f'{folder}: not Fashion-MNIST: images {tuple(images.shape)}, labels {tuple(labels.shape)}')
     return Data(images[:, None], labels.long(), 10, root)
 
 
@@ -607,113 +630,112 @@ def idx_numbers(path, axes):
         raise UserError(f'{path} cannot be read: {error}')
     start = 4 + 4 * axes
     if len(data) < start or data[:4] != bytes([0, 0, 8, axes]):                # 8: the numbers are bytes
-        raise UserError(f'{path} is no idx file of bytes along {axes} axes: damaged; delete it and get it again')
+        raise UserError(f'{path} is no idx file of bytes along {axes} axes: {DAMAGED}')
     shape = [int.from_bytes(data[at:at + 4], 'big') for at in range(4, start, 4)]
     if len(data) != start + math.prod(shape):
-        raise UserError(f'{path} has {len(data):,} bytes, not {start + math.prod(shape):,}: damaged or cut short; delete it and get it again')
+        raise UserError(f'{path} has {len(data):,} bytes, not {start + math.prod(shape):,}: {DAMAGED}')
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
 
 
 IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
 
 
-def read_image(data, where):
-    """An image file's bytes -> RGB picture, upright, 8 bits a channel; `where` names it in errors."""
+def read_image(data, where, resolution=None):
+    """An image file's bytes -> uint8 (3, H, W), upright, cropped and resized; `where` names it in errors."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise UserError(f'{where} is {image.width}x{image.height}, too large to be decoded safely')
             if image.mode.startswith('I'):                                          # 16 bits a pixel
                 image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert('RGB')
+            image = ImageOps.exif_transpose(image).convert('RGB')
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'{where} cannot be read as an image: {error}')
+    if resolution:
+        side, (w, h) = min(image.size), image.size
+        image = image.crop(((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def folder_or_zip(root):
+    """-> names of the files in it, at any depth, and a function from a name to the file's bytes."""
+    if root.is_dir():
+        names = [path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()]
+        return names, lambda name: (root / name).read_bytes()
+    if not zipfile.is_zipfile(root):
+        raise UserError(f'{root} is neither a folder nor a zip' if root.exists() else
+                        f'{root}: there is no such folder or zip of images')
+    try:
+        archive, lock = zipfile.ZipFile(root), threading.Lock()     # read in place: no path in it is ever written to
+    except zipfile.BadZipFile as error:
+        raise UserError(f'{root} cannot be read: {error}')
+
+    def read(name):
+        with lock:
+            return archive.read(name)
+    return archive.namelist(), read
 
 
 def image_folder(root, resolution=None):
-    """All images in a folder or zip, at any depth, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
+    """All images in a folder or zip, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
 
-    With `resolution` they are cropped to the central square and resized; without it they must all be squares of one size.
+    With `resolution` they are cropped to the central square and resized; without it they must be squares of one size.
     """
-    if not root.exists():
-        raise UserError(f'{root}: there is no such folder or zip of images')
-    if root.is_dir():
-        names = [p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file()]
-        read = lambda name: (root / name).read_bytes()
-    elif zipfile.is_zipfile(root):
-        try:
-            archive, lock = zipfile.ZipFile(root), threading.Lock()  # read in place: no path in it is ever written to
-        except zipfile.BadZipFile as error:
-            raise UserError(f'{root} cannot be read: {error}')
-        names = archive.namelist()
-
-        def read(name):
-            with lock:
-                return archive.read(name)
-    else:
-        raise UserError(f'{root} is neither a folder nor a zip')
-    files = sorted(name for name in names if name.lower().endswith(IMAGE_FILES) and not Path(name).name.startswith('._'))
+    names, read = folder_or_zip(root)
+    files = sorted(n for n in names if n.lower().endswith(IMAGE_FILES) and not Path(n).name.startswith('._'))
     if not files:
         raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
 
     def load(name):
         try:
-            data = read(name)
+            return read_image(read(name), f'{root}: {name}', resolution)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f'{root}: {name} cannot be read: {error}')
-        image = read_image(data, f'{root}: {name}')
-        if resolution:
-            side, (w, h) = min(image.size), image.size
-            image = image.crop(((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
-            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-        return np.asarray(image).transpose(2, 0, 1)
-
-    first = load(files[0])
 
     def fill(images):
         with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
             for i, image in enumerate(progress(pool.map(load, files), f'reading {root}', len(files))):
-                if image.shape != first.shape or image.shape[1] != image.shape[2]:
-                    raise UserError(f'{root}: images of mixed sizes or not square: {files[0]} is {first.shape[2]}x{first.shape[1]}, '
-                                    f'{files[i]} {image.shape[2]}x{image.shape[1]}; --resolution N brings all to one square')
+                if image.shape != shape[1:] or image.shape[1] != image.shape[2]:
+                    size = lambda shape: f'{shape[-1]}x{shape[-2]}'
+                    raise UserError(f'{root}: images of mixed sizes or not square: {files[0]} is {size(shape)}, '
+                                    f'{files[i]} {size(image.shape)}; --resolution N brings all to one square')
                 images[i] = image
         return images
 
-    shape = (len(files), *first.shape)
+    shape = (len(files), *load(files[0]).shape)
     if math.prod(shape) <= MAPPED:
         images = fill(np.empty(shape, np.uint8))
     else:
         sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
-        stamp = hashlib.sha256(repr((files, sizes, first.shape)).encode()).hexdigest()[:12]
-        images = mapped(root.parent / f'{root.name}-{first.shape[1]}-{stamp}.npy', shape, fill)
+        stamp = hashlib.sha256(repr((files, sizes, shape)).encode()).hexdigest()[:12]
+        images = mapped(root.parent / f'{root.name}-{shape[-1]}-{stamp}.npy', shape, fill)
 
-    labels, classes = None, 0
+    labels, folders = None, [name.split('/')[0] for name in files]
     if 'dataset.json' in names:
         try:
             table = dict(json.loads(read('dataset.json'))['labels'] or [])
             labels = [int(table[name]) for name in files] if table else None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{root}: dataset.json does not give every image a label: {error!r}')
-    elif all('/' in name for name in files):
-        folders = [name.split('/')[0] for name in files]
-        labels = np.unique(folders, return_inverse=True)[1] if len(set(folders)) > 1 else None
-    if labels is not None:
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        classes = int(labels.max()) + 1
-    return Data(torch.from_numpy(images), labels, classes, root.parent)
+    elif all('/' in name for name in files) and len(set(folders)) > 1:
+        labels = np.unique(folders, return_inverse=True)[1]
+    if labels is None:
+        return Data(torch.from_numpy(images), None, 0, root.parent)
+    return Data(torch.from_numpy(images), torch.as_tensor(labels, dtype=torch.int64), int(max(labels)) + 1, root.parent)
 
 
 MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a file and not in memory
 
 
 def mapped(path, shape, fill):
-    """uint8 array of `shape` in the file `path`, read as its parts are needed; made by `fill(array)` if it is not there."""
+    """uint8 array of `shape` in a file, read as its parts are needed; made by `fill(array)` if it is not there."""
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         if not path.exists():
             say(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
             images = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
-            if hasattr(os, 'posix_fallocate'):                  # a full disk is to be noticed now: later it is a bus error
+            if hasattr(os, 'posix_fallocate'):              # a full disk is to be noticed now: later it is a bus error
                 with open(part, 'r+b') as file:
                     os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             fill(images).flush()
@@ -725,33 +747,39 @@ def mapped(path, shape, fill):
     except (OSError, ValueError) as error:
         raise UserError(f'{path} cannot be used: {error}; delete it and it is made anew')
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        discard(part)
+
+
+def discard(path):
+    """Deletes a file if it is there and can be deleted."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+DAMAGED = 'damaged or cut short; delete it and get it again'
 
 
 def download(url, path, algorithm, digest):
-    """Fetches `url` to `path` unless it is there; either way the file's hash must begin with `digest` (hex; None: unknown)."""
-    if not path.exists():
-        part = path.with_name(f'{path.name}.{os.getpid()}.part')
-        try:
-            with urllib.request.urlopen(url, timeout=30) as source:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                size = int(source.headers.get('Content-Length') or 0)
-                blocks = iter(lambda: source.read(1 << 20), b'')
-                with open(part, 'wb') as target:
-                    for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
-                        target.write(block)
-            if size and part.stat().st_size != size:        # the connection's end looks like the file's
-                raise OSError(f'only {part.stat().st_size:,} of {size:,} bytes came')
-            check_hash(part, algorithm, digest, f'what came from {url}')
-            os.replace(part, path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f'{path} is not there and could not be downloaded from {url}: {error}')
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-    else:
-        check_hash(path, algorithm, digest, path)
+    """Fetches `url` to `path` unless it is there; either way its hash must begin with `digest` (hex; None: unknown)."""
+    if path.exists():
+        return check_hash(path, algorithm, digest, path)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        with urllib.request.urlopen(url, timeout=30) as source:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = int(source.headers.get('Content-Length') or 0)
+            blocks = iter(lambda: source.read(1 << 20), b'')
+            with open(part, 'wb') as target:
+                for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
+                    target.write(block)
+        if size and part.stat().st_size != size:        # the connection's end looks like the file's
+            raise OSError(f'only {part.stat().st_size:,} of {size:,} bytes came')
+        check_hash(part, algorithm, digest, f'what came from {url}')
+        os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f'{path} is not there and could not be downloaded from {url}: {error}')
+    finally:
+        discard(part)
 
 
 def check_hash(path, algorithm, digest, what):
@@ -761,13 +789,13 @@ def check_hash(path, algorithm, digest, what):
     with open(path, 'rb') as file:
         found = hashlib.file_digest(file, algorithm).hexdigest()
     if not found.startswith(digest):
-        raise UserError(f'{what} has {algorithm} {found}, not {digest}: damaged or cut short; delete it and get it again')
+        raise UserError(f'{what} has {algorithm} {found}, not {digest}: {DAMAGED}')
 
 
 # 6. Training steps
 
 def network(net, precision, device):
-    """`net` as a function (x, noise_labels, y) -> float32 that computes its layers in `precision` and takes y as class numbers."""
+    """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None."""
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision)
     classes = getattr(net, 'module', net).label_dim
 
@@ -791,12 +819,12 @@ def true_float32():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients above float16's smallest number; undone by `finish_gradients`
+LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients within float16's range; `finish_gradients` undoes it
 
 
 @torch.no_grad()
 def finish_gradients(params, precision):
-    """Undoes the loss scale and zeroes what is not finite. -> norm of the gradient before that, 0-dim, not yet on the host"""
+    """Undoes the loss scale and zeroes what is not finite. -> the gradient's norm before that, 0-dim, on the device"""
     grads = [p.grad for p in params if p.grad is not None]
     if precision in LOSS_SCALE:
         torch._foreach_div_(grads, LOSS_SCALE[precision])
@@ -813,7 +841,7 @@ def learning_rate(optimizer, step, lr, decay_steps=None):
 
 
 def ema_decay(step, decay, std=None):
-    """`decay`, or with a relative width `std` the power-function EMA's (1 - 1/step)^(gamma + 1) (EDM2 App. C); steps from 1."""
+    """`decay`, or for a relative width `std` that of the power-function EMA (EDM2 App. C); steps from 1."""
     if std is None:
         return decay
     gamma = np.roots([1, 7, 16 - std ** -2, 12 - std ** -2]).real.max()
@@ -826,32 +854,21 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def matmul_rate(device, precision):
-    """Floating-point operations a second of a large matrix product, which no network exceeds: the best of twelve."""
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
-    n, spent = 8192 if device.type == 'cuda' else 2048, []
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(12):
-        begin = time.perf_counter()
-        a @ a
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - begin)
-    return 2 * n ** 3 / min(spent)
-
-
 class Clock:
-    """Time per part of a step, for --benchmark: `clock('backward')` books the time since the last call on 'backward'."""
+    """Time per part of a step, for --benchmark: clock('backward') books the time since the last call on 'backward'."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.parts, self.last = args, device, [], None
+        self.args, self.device, self.parts, self.products, self.last = args, device, [], [], None
         self.counter = FlopCounterMode(display=False)
+
+    def now(self):
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def __call__(self, part):
         if self.args.benchmark:
-            if self.device.type == 'cuda':
-                torch.cuda.synchronize()
-            now = time.perf_counter()
+            now = self.now()
             if self.last is not None:
                 self.parts[-1][part] = self.parts[-1].get(part, 0) + now - self.last
             self.last = now
@@ -866,44 +883,63 @@ class Clock:
         return call if self.args.benchmark else net
 
     def next_step(self, params):
-        """Called at the start of every step: True, after a report of medians, if --benchmark's steps and two before are done."""
+        """Called as every step begins: True, after the report, once --benchmark's steps and two before are done."""
         if not self.args.benchmark:
             return False
-        if not self.parts:                                  # the first step is counted, as torch.compile would hide it
+        if not self.parts:
+            torch.compiler.set_stance('force_eager')            # the counter does not see into compiled code
             self.counter.__enter__()
         elif len(self.parts) == 1:
             self.counter.__exit__(None, None, None)
+            torch.compiler.set_stance('default')
         elif len(self.parts) == self.args.benchmark + 2:
             self.report(params)
             return True
+        if len(self.parts) >= 2:
+            self.product()
         self.parts.append({})
+        self.last = self.now() if self.parts[1:] else None
         return False
+
+    def product(self):
+        """Times a large matrix product, which few networks outrun: between steps, under the same conditions."""
+        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.args.precision, torch.float32)
+        n = 8192 if self.device.type == 'cuda' else 2048
+        a = torch.randn(n, n, device=self.device, dtype=dtype)
+        for i in range(6):
+            begin = self.now()
+            a @ a
+            self.products += [2 * n ** 3 / (self.now() - begin)] * (i > 0)              # the first one warms up
 
     def report(self, params):
         """Prints medians over all steps but the first two."""
         names = {name: None for step in self.parts[2:] for name in step}            # in order, each once
         parts = {name: float(np.median([step.get(name, 0.0) for step in self.parts[2:]])) for name in names}
-        total, flops, peak = sum(parts.values()), self.counter.get_total_flops(), matmul_rate(self.device, self.args.precision)
-        memory = (torch.cuda.max_memory_allocated() if self.device.type == 'cuda'
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        total, peak = sum(parts.values()), float(np.median(self.products))
+        rate = self.counter.get_total_flops() / total
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == 'cuda':
+            memory = torch.cuda.max_memory_allocated()
         say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
             f'peak memory {memory / 2 ** 30:.2f} GiB')
-        say(f'{flops / total / 1e12:.4g} TFLOP/s a process, {flops / total / peak:.1%} of the {peak / 1e12:.4g} of a '
+        say(f'{rate / 1e12:.4g} TFLOP/s a process, {rate / peak:.1%} of the {peak / 1e12:.4g} of a '
             f'{self.args.precision} matrix product alone')
         say('\n'.join(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}' for name, spent in parts.items()))
         if dist.is_initialized():
             gradient, spent = torch.zeros(sum(p.numel() for p in params), device=self.device), []
             for _ in range(5):
-                begin = time.perf_counter()
+                begin = self.now()
                 dist.all_reduce(gradient)
-                if self.device.type == 'cuda':
-                    torch.cuda.synchronize()
-                spent.append(time.perf_counter() - begin)
-            say(f'  averaging the gradients of {world_size()} processes, alone: {np.median(spent):.4f} s  {np.median(spent) / total:.1%}'
-                ' (in training it overlaps with the backward pass)')
+                spent.append(self.now() - begin)
+            alone = float(np.median(spent))
+            say(f'  averaging the gradients of {world_size()} processes, alone: {alone:.4f} s  {alone / total:.1%} '
+                '(in training it overlaps with the backward pass)')
 
 
 # 7. Runs: the folder, checkpoints, log
+
+CHECKPOINTS = 'checkpoint.pt', 'previous.pt', 'final.pt'        # where a run's weights are, the latest first
+
 
 def check_out(args):
     """Refuses to write over a run unless asked to."""
@@ -911,13 +947,14 @@ def check_out(args):
     if args.benchmark or args.resume or args.overwrite or args.use:
         return
     if (out / 'config.json').exists() or (out / 'checkpoint.pt').exists():
-        raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, --out DIR goes elsewhere')
+        raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
+                        '--out DIR goes elsewhere')
     if out.exists() and not out.is_dir():
         raise UserError(f'--out {out} is a file')
 
 
 def open_run(args, **parts):
-    """Makes the run's folder with config.json. With --resume, brings back the state of `parts` instead. -> steps done"""
+    """Makes the run's folder with config.json; with --resume, brings back the state of `parts`. -> steps done"""
     out, step = Path(args.out), 0
     if args.resume:
         state = load_checkpoint(out)
@@ -927,11 +964,13 @@ def open_run(args, **parts):
             restore(part, state[name], out)
         step = state['step']
     if rank() == 0 and not args.benchmark:
+        old = [*out.glob('*.pt'), *out.glob('*.part'), *out.glob('samples/*.png'), out / 'metrics.jsonl']
         try:
             (out / 'samples').mkdir(parents=True, exist_ok=True)
-            for old in [] if args.resume else [*out.glob('*.pt'), *out.glob('*.part'), *out.glob('samples/*.png'), out / 'metrics.jsonl']:
-                old.unlink(missing_ok=True)
-            write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
+            for path in [] if args.resume else old:
+                path.unlink(missing_ok=True)
+            config = json.dumps(config_of(args), indent=2).encode()
+            write_atomic(out / 'config.json', lambda file: file.write(config))
         except OSError as error:
             raise UserError(f'--out {out}: {error}')
     if dist.is_initialized():
@@ -954,8 +993,7 @@ def write_atomic(path, write, previous=None):
             os.replace(path, previous)
         os.replace(part, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        discard(part)
         if isinstance(error, RuntimeError):                     # what torch.save makes of a full disk
             raise OSError(str(error).splitlines()[0]) from error
         raise
@@ -973,40 +1011,51 @@ def or_go_on(what):
 def save_checkpoint(args, step, **parts):
     """Everything that --resume needs, from the first process: step, settings, and the state of `parts`."""
     if rank() == 0 and not args.benchmark:
-        state = dict({name: part.state_dict() for name, part in parts.items()}, step=step, config=config_of(args))
+        state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, config=config_of(args))
         out = Path(args.out)
         with or_go_on(f'{out}/checkpoint.pt of step {step:,}'):
             write_atomic(out / 'checkpoint.pt', lambda file: torch.save(state, file), previous=out / 'previous.pt')
 
 
-def save_final(args, state, name='final.pt'):
-    """State of the EMA network alone, a plain dict, for this and for others' code."""
-    if rank() == 0:
-        with or_go_on(f'{args.out}/{name}') if not name.startswith('final') else contextlib.nullcontext():
+def save_final(args, model, name='final', apart=()):
+    """State of the EMA network alone, a plain dict, for this and for others' code, as NAME.pt.
+
+    Of the submodules named in `apart`, those that it has go to files of their own, NAME-submodule.pt.
+    """
+    state, files = model.state_dict(), {}
+    for part in apart:
+        files[f'{name}-{part}.pt'] = {key.removeprefix(f'{part}.'): state.pop(key)
+                                      for key in list(state) if key.startswith(f'{part}.')}
+    for file, values in ({f'{name}.pt': state} | files).items():
+        if rank() or not values:
+            continue
+        path = Path(args.out) / file
+        with or_go_on(path) if name != 'final' else contextlib.nullcontext():
             try:
-                write_atomic(Path(args.out) / name, lambda file: torch.save(state, file))
+                write_atomic(path, lambda file: torch.save(values, file))
             except OSError as error:
-                if name.startswith('final'):
-                    raise UserError(f'{args.out}/{name} could not be written: {error}; make room, then --resume --out {args.out}', code=1)
-                raise
-            say(f'written: {args.out}/{name}')
+                if name != 'final':
+                    raise
+                advice = f'make room, then --resume --out {args.out}'
+                raise UserError(f'{path} could not be written: {error}; {advice}', code=1)
+            say(f'written: {path}')
 
 
 def load_checkpoint(path):
-    """A run's folder, its checkpoint.pt, or a final.pt with config.json beside it -> dict with `ema`, `config` and perhaps more.
+    """A run's folder, checkpoint.pt, or final.pt beside config.json -> dict with `ema`, `config` and perhaps more.
 
-    Only tensors and plain values are read (`weights_only`): no file can run code. From a folder whose checkpoint.pt is damaged,
-    the checkpoint before it.
+    Only tensors and plain values are read (`weights_only`): no file can run code. From a folder whose checkpoint.pt is
+    damaged, the checkpoint before it.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ('checkpoint.pt', 'previous.pt', 'final.pt') if (path / name).exists()]
-        for candidate in found[:-1]:
+        found = [path / name for name in CHECKPOINTS if (path / name).exists()] or [path / CHECKPOINTS[0]]
+        for candidate, after in zip(found, found[1:]):
             try:
                 return load_checkpoint(candidate)
             except UserError as error:
-                say(f'{error}; going back to {found[found.index(candidate) + 1].name}')
-        path = found[-1] if found else path / 'checkpoint.pt'
+                say(f'{error}; going back to {after.name}')
+        path = found[-1]
     try:
         with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
             assert (bad := archive.testzip()) is None, f'{bad} in it is damaged'
@@ -1015,21 +1064,22 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f'{path}: there is no such checkpoint')
     except Exception as error:          # whatever torch, zip and pickle say about a file that is not theirs
-        raise UserError(f'{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}')
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f'{path} cannot be read as a checkpoint: {reason}')
     state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
     if not isinstance(state['config'], dict) or not isinstance(state.get('ema'), dict):
         raise UserError(f'{path} cannot be read as a checkpoint: no weights or no settings in it')
     return state
 
 
-def load_network(path, make_network, device='cpu', beside=()):
+def load_network(path, make_network, device='cpu', apart=()):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), ready to sample; its settings are in `.config`.
 
-    beside: parts of it that a final.pt leaves out; part `name`, if the model has it, is then final-name.pt in the same folder.
+    apart: the submodules that `save_final` put into files of their own.
     """
     state = load_checkpoint(path)
     model, weights = make_network(argparse.Namespace(**state['config'])), state['ema']
-    for name in beside:
+    for name in apart:
         if hasattr(model, name) and not any(key.startswith(f'{name}.') for key in weights):
             file = Path(path) / 'final.pt' if Path(path).is_dir() else Path(path)
             part = load_checkpoint(file.with_name(f'{file.stem}-{name}.pt'))['ema']
@@ -1057,7 +1107,7 @@ def read_metrics(path):
 class Log:
     """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
 
-    Values stay on the device until a flush reads a whole block of steps at once, so that the loop never waits for them.
+    Values stay on the device until a flush reads a whole block of steps at once: the loop never waits for them.
     """
 
     def __init__(self, args, start, device):
@@ -1076,8 +1126,9 @@ class Log:
             lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
             self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
             self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
+            text = ''.join(json.dumps(line) + '\n' for line in lines).encode()
             try:
-                write_atomic(self.path, lambda file: file.write(''.join(json.dumps(line) + '\n' for line in lines).encode()))
+                write_atomic(self.path, lambda file: file.write(text))
             except OSError as error:
                 raise UserError(f'{self.path} cannot be written: {error.strerror or error}')
 
@@ -1091,64 +1142,64 @@ class Log:
         values['stop'] = torch.full((), float(self.signal), device=self.device)
         self.names = list(values)
         self.pending.append(torch.stack([value.detach().float() for value in values.values()]))
-        if len(self.pending) >= self.block or step == self.args.steps or any(
-                self.due(step, every) for every in (self.args.save_every, self.args.sample_every, self.args.eval_every)):
+        intervals = self.args.save_every, self.args.sample_every, self.args.eval_every
+        if len(self.pending) >= self.block or step == self.args.steps or any(self.due(step, n) for n in intervals):
             self.flush(step)
 
     def due(self, step, every):
         """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
-        return bool(every and (step % every == 0 or step == self.args.steps) and not self.args.benchmark and not self.stop)
+        at_end = every and (step % every == 0 or step == self.args.steps)
+        return bool(at_end and not self.args.benchmark and not self.stop)
 
     def flush(self, step):
-        """Writes pending values, averaged over the processes; raises UserError after 20 steps without finite gradients."""
+        """Writes pending values, averaged over the processes; UserError after 20 steps without finite gradients."""
         rows = torch.stack(self.pending)                        # (steps, values)
         if dist.is_initialized():
             dist.all_reduce(rows)
             rows /= world_size()
-        rows = rows.tolist()
-        self.pending = []
-        lines = []
+        rows, self.pending, lines = rows.tolist(), [], []
         for number, row in zip(range(step - len(rows) + 1, step + 1), rows):
             values = dict(zip(self.names, row))
             self.stop = values.pop('stop') > 0 or self.stop
             bad = not all(map(math.isfinite, values.values()))
             self.nonfinite, self.in_a_row = self.nonfinite + bad, bad * (self.in_a_row + 1)
-            lines.append({'step': number} | {name: round(v, 6) if math.isfinite(v) else str(v) for name, v in values.items()}
-                         | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
+            told = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
+            lines.append({'step': number} | told | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
             if self.in_a_row >= 20:
                 self.write(*lines)
-                raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step {number}; the '
-                                f'last checkpoint in {self.args.out} is from before. Try a lower --lr or --precision fp32', code=1)
+                raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step '
+                                f'{number}; the last checkpoint in {self.args.out} is from before. Try a lower --lr '
+                                'or --precision fp32', code=1)
         self.write(*lines)
         now = time.monotonic()
         if now - self.shown > (0.2 if sys.stdout.isatty() else 15) or step == self.args.steps or self.stop:
-            speed = (step - self.shown_step) / max(now - self.shown, 1e-9)
+            speed = (step - self.shown_step) / max(now - self.shown, 1e-9) * self.args.batch
             left = (self.args.steps - step) * (now - self.begin) / (step - self.first)
             shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            say(f'step {step:,}/{self.args.steps:,}  {shown}  {speed * self.args.batch:,.0f} img/s  {duration(left)} left',
+            say(f'step {step:,}/{self.args.steps:,}  {shown}  {speed:,.0f} img/s  {duration(left)} left',
                 refresh=step < self.args.steps and not self.stop)
             self.shown, self.shown_step = now, step
         if self.stop and not self.args.benchmark:
-            say(f'stopping after step {step:,}; go on with: python {self.args.script}.py --resume --out {self.args.out}')
+            command = f'python {self.args.script}.py --resume --out {self.args.out}'
+            say(f'stopping after step {step:,}; go on with: {command}')
 
     def write(self, *lines):
         """Appends dicts to metrics.jsonl; what a full disk does not take is kept for the next time."""
-        if rank() == 0 and not self.args.benchmark:
-            self.unwritten += [json.dumps(line) + '\n' for line in lines]
-            size = self.path.stat().st_size if self.path.exists() else 0
-            try:
-                with open(self.path, 'ab', buffering=0) as file:
-                    for i in range(len(self.unwritten)):
-                        data = self.unwritten[i].encode()
-                        if file.write(data) < len(data):
-                            raise OSError('no space left')
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.truncate(self.path, size)
-                if len(self.unwritten) == len(lines):
-                    say(f'{self.path} could not be written ({error.strerror or error}); training goes on')
-                return
+        if rank() or self.args.benchmark:
+            return
+        self.unwritten += [json.dumps(line) + '\n' for line in lines]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        data = ''.join(self.unwritten).encode()
+        try:
+            with open(self.path, 'ab', buffering=0) as file:
+                if file.write(data) < len(data):
+                    raise OSError('no space left')
             self.unwritten = []
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            if len(self.unwritten) == len(lines):               # told once
+                say(f'{self.path} could not be written ({error.strerror or error}); training goes on')
 
     def evaluated(self, step, distances):
         """Notes Fréchet distances {name: value}, all of the same model. -> whether the first is the best of the run"""
@@ -1161,9 +1212,10 @@ class Log:
 # 8. Pictures
 
 def choose_labels(n, labels, classes, first=0):
-    """`labels` (a list; all classes if None) in turn from number `first` on, (n,) int64; None for a model without classes."""
+    """`labels` (a list; None: all) in turn from number `first` on, (n,) int64; None for a model without classes."""
     if labels and max(labels) >= classes:
-        raise UserError(f'--labels {max(labels)}: the model has {classes} classes' + f', 0 to {classes - 1}' * bool(classes))
+        known = f'{classes} classes' + f', 0 to {classes - 1}' * bool(classes)
+        raise UserError(f'--labels {max(labels)}: the model has {known}')
     labels = labels or range(classes)
     return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)]) if classes else None
 
@@ -1182,15 +1234,17 @@ def save_grid(images, path, columns=None):
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     zoom, gap = max(1, 64 // width), 2
-    sheet = Image.new('RGB', (columns * (width * zoom + gap) + gap, math.ceil(n / columns) * (height * zoom + gap) + gap), 'white')
+    across, down = width * zoom + gap, height * zoom + gap
+    sheet = Image.new('RGB', (columns * across + gap, math.ceil(n / columns) * down + gap), 'white')
     for i, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
-        tile = Image.fromarray(np.ascontiguousarray(image)).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * (width * zoom + gap), gap + i // columns * (height * zoom + gap)))
+        tile = Image.fromarray(np.ascontiguousarray(image))
+        tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * across, gap + i // columns * down))
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
 
 
 def save_picture(args, name, write):
-    """`write(path)` makes what --sample or --analyse shows, in --out or else beside the checkpoint; from the first process."""
+    """`write(path)` makes what --sample or --analyse shows, in --out or beside the checkpoint; first process only."""
     if rank():
         return
     source = Path(args.use)
@@ -1203,9 +1257,20 @@ def save_picture(args, name, write):
     say(str(folder / name))
 
 
-def save_sample(args, nfe, images):
-    """The grid that --sample makes."""
-    save_picture(args, f'sample-{nfe}-step.png', lambda path: save_grid(images, path))
+def save_samples(args, draw):
+    """What --sample makes: --n images of draw(n, nfe, seed=); with several --nfe, strips that begin at the same noise.
+
+    A strip has up to 16 images; below each of one number of evaluations is that of the next.
+    """
+    sets = torch.stack([draw(args.n, nfe, seed=args.seed) for nfe in args.nfe])         # (len(nfe), n, C, H, W)
+    if len(sets) == 1:
+        return save_picture(args, f'sample-{args.nfe[0]}-step.png', lambda path: save_grid(sets[0], path))
+    columns = min(args.n, 16)
+    blank = sets.new_ones(len(sets), -args.n % columns, *sets.shape[2:])
+    strips = torch.cat([part.flatten(0, 1) for part in torch.cat([sets, blank], 1).split(columns, 1)])
+    say('rows, from the top: ' + ', '.join(f'{nfe} step{"s" * (nfe > 1)}' for nfe in args.nfe))
+    name = f'sample-{"-".join(map(str, args.nfe))}-steps.png'
+    save_picture(args, name, lambda path: save_grid(strips, path, columns))
 
 
 def save_curves(metrics, path):
@@ -1222,35 +1287,40 @@ INKS = ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
 
 
 def save_plot(panels, path, x_name):
-    """Curves as a PNG: panels {title: {name of a curve: [(x, y), ...]}}; smoothed to 200 points, log scales where values span much."""
-    width, height, margin, font = 720, 240, 74, ImageFont.load_default(13)
+    """Curves as a PNG: panels {title: {name of a curve: [(x, y), ...]}}, each curve averaged to at most 200 points.
+
+    An axis whose values span much is logarithmic, but for that of the steps.
+    """
+    width, height, font = 720, 240, ImageFont.load_default(13)
     sheet = Image.new('RGB', (width, height * max(1, len(panels))), 'white')
     draw = ImageDraw.Draw(sheet)
-    spans = lambda v, much: v.min() > 0 and v.max() > much * v.min()
+
+    def scale(values, much):
+        """-> function from values to 0..1, its inverse, and whether it is a logarithm."""
+        low, high = values.min(), values.max()
+        if low > 0 and high > much * low:
+            return lambda v: np.log(v / low) / np.log(high / low), lambda share: low * (high / low) ** share, True
+        return lambda v: (v - low) / ((high - low) or 1), lambda share: low + share * (high - low), False
+
     for panel, (title, curves) in enumerate(panels.items()):
-        curves = {name: np.array([np.mean(part, axis=0) for part in np.array_split(np.array(points, float), min(len(points), 200))]).T
-                  for name, points in curves.items()}
-        left, right, top, bottom = margin, width - 20, panel * height + 28, (panel + 1) * height - 44
-        scales = []
-        for i, much in ((0, 1000), (1, 20)):
-            values = np.concatenate([curve[i] for curve in curves.values()])
-            scale = np.log if spans(values, much) and not (i == 0 and x_name == 'step') else np.asarray
-            scales.append((scale, values.min(), values.max()))
-        (x_scale, x_low, x_high), (y_scale, y_low, y_high) = scales
-        place = lambda scale, v, low, high: (scale(v) - scale(low)) / ((scale(high) - scale(low)) or 1)
+        shorter = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
+        curves = {name: np.stack([part.mean(0) for part in shorter(points)]) for name, points in curves.items()}
+        every = np.concatenate(list(curves.values()))
+        place_x, tick_x, _ = scale(every[:, 0], math.inf if x_name == 'step' else 1000)
+        place_y, tick_y, logarithmic = scale(every[:, 1], 20)
+        left, right, top, bottom = 74, width - 20, panel * height + 28, (panel + 1) * height - 44
         draw.rectangle([left, top, right, bottom], outline='#bbbbbb')
-        draw.text((left, top - 20), title + ' (log scale)' * (y_scale is np.log), 'black', font)
-        for share in (0, 0.5, 1):                               # ticks: the ends, and the middle as the scale has it
-            tick = lambda scale, low, high: np.exp((1 - share) * np.log(low) + share * np.log(high)) if scale is np.log else low + share * (high - low)
-            x, y = left + share * (right - left), bottom - share * (bottom - top)
-            draw.text((left - 6, y), f'{tick(y_scale, y_low, y_high):.4g}', 'black', font, anchor='rm')
-            draw.text((x, bottom + 8), f'{tick(x_scale, x_low, x_high):,.5g}', 'black', font, anchor=['la', 'ma', 'ra'][round(2 * share)])
+        draw.text((left, top - 20), title + ' (log scale)' * logarithmic, 'black', font)
         draw.text(((left + right) / 2, bottom + 24), x_name, 'black', font, anchor='ma')
-        for i, (name, (x, y)) in enumerate(curves.items()):
-            xs = left + place(x_scale, x, x_low, x_high) * (right - left)
-            ys = bottom - place(y_scale, y, y_low, y_high) * (bottom - top)
+        for share, anchor in ((0, 'la'), (0.5, 'ma'), (1, 'ra')):
+            x, y = left + share * (right - left), bottom - share * (bottom - top)
+            draw.text((left - 6, y), f'{tick_y(share):.4g}', 'black', font, anchor='rm')
+            draw.text((x, bottom + 8), f'{tick_x(share):,.5g}', 'black', font, anchor=anchor)
+        for i, (name, curve) in enumerate(curves.items()):
+            xs = left + place_x(curve[:, 0]) * (right - left)
+            ys = bottom - place_y(curve[:, 1]) * (bottom - top)
             draw.line(list(zip(xs, ys)), fill=INKS[i], width=2)
-            if len(x) == 1:
+            if len(curve) == 1:
                 draw.ellipse([xs[0] - 3, ys[0] - 3, xs[0] + 3, ys[0] + 3], fill=INKS[i])
             draw.text((right - 90 * (len(curves) - i), top - 20), name, INKS[i], font)
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))

@@ -2,10 +2,10 @@
 
     FID = |mu1 - mu2|² + Tr(C1 + C2 - 2 sqrt(C1 C2))
 
-between the means and covariances of Inception features of two sets of images. What makes it *the* FID: the Inception graph
-of 2015-12-05 (average pooling that ignores the padding, one max pooling in its last block), TensorFlow 1's bilinear
-resize to 299 (no half-pixel offset, unlike PyTorch's), pixels (x - 128) / 128, features of the last pooling, float64
-statistics, and 50,000 samples against the whole training set. Anything else is printed with what differs.
+between the means and covariances of Inception features of two sets of images. What makes it *the* FID: the Inception
+graph of 2015-12-05 (average pooling that ignores the padding, one max pooling in its last block), TensorFlow 1's
+bilinear resize to 299 (no half-pixel offset, unlike PyTorch's), pixels (x - 128) / 128, features of the last pooling,
+float64 statistics, and 50,000 samples against the whole training set. Anything else is printed with what differs.
 
     python fid.py IMAGES --against IMAGES|STATS.npz [--num N] [--against-num N]
 
@@ -27,15 +27,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import common
 from common import UserError
 
-WEIGHTS_URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth'
+RELEASE = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights'
+WEIGHTS_URL = f'{RELEASE}/pt_inception-2015-12-05-6726825d.pth'
 WEIGHTS_SHA256 = '6726825d'         # how the hash of that file begins
-TENSORS_SHA256 = 'c9ce7f36d5ee9536ecde7e5b5b679a59d152a85abff7981e0d6c0e5d706e3557'  # over the tensors that FID uses, in the order of their names
+TENSORS_SHA256 = 'c9ce7f36d5ee9536ecde7e5b5b679a59d152a85abff7981e0d6c0e5d706e3557'    # of the tensors, by name
 
 
 # 1. The Inception network, parameter names as in pytorch-fid's file
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H', W'). Padding keeps the size unless `stride` or `pad` is given."""
+    """Convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H', W'); padding keeps the size unless given."""
 
     def __init__(self, cin, cout, kernel=1, stride=1, pad=None):
         super().__init__()
@@ -55,8 +56,9 @@ class Conv(nn.Module):
 class Block(nn.Module):
     """Parallel branches of convolutions, and a pooled one, joined by channels.
 
-    `branches` names each branch's layers with the arguments of `Conv` after the input's width; a branch that ends in a list
-    forks there. `pool`: 'avg' (padding not counted), 'max', or 'max2' (stride 2); `pool_width`: 1x1 convolution after it.
+    `branches` names each branch's layers with the arguments of `Conv` after the input's width; a branch that ends in a
+    list forks there. `pool`: 'avg' (padding not counted), 'max', or 'max2' (stride 2); `pool_width`: of a 1x1
+    convolution after it.
     """
 
     def __init__(self, cin, branches, pool, pool_width=None):
@@ -78,7 +80,8 @@ class Block(nn.Module):
         for path in self.paths:
             y = x
             for name in path:
-                y = torch.cat([getattr(self, n)(y) for n in name], 1) if isinstance(name, list) else getattr(self, name)(y)
+                fork = isinstance(name, list)
+                y = torch.cat([getattr(self, n)(y) for n in name], 1) if fork else getattr(self, name)(y)
             outs.append(y)
         if self.pool == 'avg':
             y = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
@@ -89,8 +92,8 @@ class Block(nn.Module):
 
 def block_a(cin, pool_width):
     """35x35 -> 35x35."""
-    return Block(cin, [[('branch1x1', 64)], [('branch5x5_1', 48), ('branch5x5_2', 64, 5)],
-                       [('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)]], 'avg', pool_width)
+    double = [('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)]
+    return Block(cin, [[('branch1x1', 64)], [('branch5x5_1', 48), ('branch5x5_2', 64, 5)], double], 'avg', pool_width)
 
 
 def block_c(c):
@@ -123,8 +126,8 @@ class InceptionV3(nn.Module):
                                                                     ('branch3x3dbl_3', 96, 3, 2, 0)]], 'max2')
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (block_c(c) for c in (128, 160, 160, 192))
         self.Mixed_7a = Block(768, [[('branch3x3_1', 192), ('branch3x3_2', 320, 3, 2, 0)],
-                                    [('branch7x7x3_1', 192), ('branch7x7x3_2', 192, (1, 7)), ('branch7x7x3_3', 192, (7, 1)),
-                                     ('branch7x7x3_4', 192, 3, 2, 0)]], 'max2')
+                                    [('branch7x7x3_1', 192), ('branch7x7x3_2', 192, (1, 7)),
+                                     ('branch7x7x3_3', 192, (7, 1)), ('branch7x7x3_4', 192, 3, 2, 0)]], 'max2')
         self.Mixed_7b, self.Mixed_7c = block_e(1280, 'avg'), block_e(2048, 'max')
 
     def forward(self, images):
@@ -137,7 +140,7 @@ class InceptionV3(nn.Module):
 
 
 def resize_tf1(x, height, width):
-    """TensorFlow 1's bilinear resize: output pixel i looks at i * in / out, with no half-pixel offset. (..., H, W) -> (..., height, width)"""
+    """TensorFlow 1's bilinear resize: output pixel i looks at i * in / out, with no half-pixel offset. x (..., H, W)"""
     for dim, size in [(-1, width), (-2, height)]:
         n = x.shape[dim]
         at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
@@ -148,9 +151,9 @@ def resize_tf1(x, height, width):
 
 
 def load_inception(path=None, data_dir='data', device='cpu'):
-    """The FID network with its weights. -> (network, 'FID' or, if they are not those of 2015-12-05, a name that says so)
+    """The FID network with its weights. -> (network, 'FID' or, for others than those of 2015, a name that says so)
 
-    `path`: a state dict with pytorch-fid's names. Without it the weights are looked for in `data_dir`, else downloaded there.
+    `path`: a state dict with pytorch-fid's names. Without it they are looked for in `data_dir`, or downloaded there.
     """
     if path is None:
         with common.one_first():
@@ -250,7 +253,7 @@ def pixel_features(images):
 
 
 def measure(count, images, features, what, lot=100):
-    """Statistics of `count` images. `images(j, n)` gives lot number j, n pictures uint8 (n, C, H, W); processes share the lots."""
+    """Statistics of `count` images; processes share the lots. images(j, n): lot j, n pictures uint8 (n, C, H, W)."""
     statistics = Statistics()
     lots = [(j, min(lot, count - at)) for j, at in enumerate(range(0, count, lot))]
     mine = lots[common.rank()::common.world_size()]
@@ -299,40 +302,48 @@ def dataset_statistics(images, features, kind, home):
 
 
 class Judge(NamedTuple):
-    """What samples are judged by: features, their distance's name, and the statistics to compare with and what they are of."""
-    features: Callable
-    kind: str
-    reference: tuple
-    against: str
-    whole: bool
+    """What samples are judged by."""
+    features: Callable          # uint8 images -> features (B, D)
+    kind: str                   # their distance's name
+    reference: tuple            # the statistics to compare with,
+    against: str                # what they are of,
+    whole: bool                 # and whether that is all of the training set
 
 
-def prepare(args, data, device):
-    """Judge of samples of a run, against its training set or --fid-ref; None for a run without evaluations."""
+def prepare(args, device, data=None):
+    """Judge of samples of a run, against its training set (`data`, if loaded) or --fid-ref; None if none is wanted."""
     if not args.evaluate and (not args.eval_every or args.benchmark):
         return None
     features, kind = feature_network(args.fid_features, args.inception, common.cache_folder(args), device)
     if args.fid_ref:
         return Judge(features, kind, load_statistics(args.fid_ref), args.fid_ref, False)
+    data = data or common.load_data(args)
     reference = dataset_statistics(data.images, features, kind, data.home)
     against = f'the {reference[2]:,} training images' + f'; classes {args.labels} only' * bool(args.labels)
     return Judge(features, kind, reference, against, not args.labels)
 
 
-def evaluate(judge, num, generate):
-    """Distance of `num` generated pictures from the judge's. -> (its name, distance)
+def evaluate(judge, args, draw):
+    """Distances of --fid-num pictures from the judge's, for each of --nfe, printed. -> {name: distance}
 
-    `generate(j, n)`: lot number j, pictures 100 j to 100 j + n - 1, in [-1, 1], which depend on j alone.
+    draw(n, nfe, seed=, first=) makes n pictures in [-1, 1]. Each lot of 100 has a seed of its own, whichever process
+    makes it, and its classes go on, from number `first`, where those of the lot before end.
     """
-    sampled = measure(num, lambda j, n: common.to_uint8(generate(j, n)), judge.features, 'samples')
-    return distance_name(judge.kind, sampled[2], judge.against, judge.whole), distance(sampled, judge.reference, judge.against)
+    found = {}
+    for nfe in args.nfe:
+        lot = lambda j, n: common.to_uint8(draw(n, nfe, seed=common.key(args.seed, j), first=100 * j))
+        sampled = measure(args.fid_num, lot, judge.features, 'samples')
+        name, value = distance_name(judge.kind, sampled[2], judge.against, judge.whole), distance(sampled, judge)
+        common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
+        found[f'{name}, {nfe} step'] = value
+    return found
 
 
-def distance(one, other, what):
-    """frechet_distance of two results of `Statistics`, refusing those of different features."""
-    if len(one[0]) != len(other[0]):
-        raise UserError(f'{what} has {len(other[0])} features to a picture, not {len(one[0])}')
-    return frechet_distance(*one[:2], *other[:2])
+def distance(result, judge):
+    """frechet_distance of a `Statistics.result` from the judge's, refusing that of other features."""
+    if len(result[0]) != len(judge.reference[0]):
+        raise UserError(f'{judge.against} has {len(judge.reference[0])} features to a picture, not {len(result[0])}')
+    return frechet_distance(*result[:2], *judge.reference[:2])
 
 
 # 4. Command line
@@ -344,7 +355,7 @@ def read_pictures(path, resolution=None):
         raise UserError(f'{path}: there is no such file or folder')
     if path.suffix == '.bin':
         return common.cifar10_records(path.read_bytes(), path)[0]
-    if (path / 'data_batch_1.bin').exists() or (path / 'cifar-10-batches-bin').exists() or path.name.endswith('.tar.gz'):
+    if path.name.endswith('.tar.gz') or any((path / n).exists() for n in ('data_batch_1.bin', 'cifar-10-batches-bin')):
         return common.cifar10(path).images
     return common.image_folder(path, resolution).images
 
@@ -352,36 +363,39 @@ def read_pictures(path, resolution=None):
 def main(argv=None):
     """The command; --help tells its flags."""
     parser = common.Parser(prog='fid.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', metavar='IMAGES', help='pictures to judge')
-    parser.add_argument('--against', required=True, metavar='IMAGES|STATS.npz', help='pictures, or statistics of them')
-    parser.add_argument('--num', type=common.number(int, 2), metavar='N', help='only the first N of IMAGES')
-    parser.add_argument('--against-num', type=common.number(int, 2), metavar='N', help='only the first N of --against')
-    parser.add_argument('--save', metavar='STATS.npz', help='write the statistics of IMAGES there, for a later --against')
-    parser.add_argument('--fid-features', choices=['inception', 'pixels'], default='inception')
-    parser.add_argument('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
-    parser.add_argument('--data-dir', default='data', metavar='PATH', help='where the Inception weights lie or go')
-    parser.add_argument('--resolution', type=common.number(int, 4, 1024), metavar='N', help='crop and resize pictures to this')
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--debug', action='store_true', help='show tracebacks')
+    add = parser.add_argument
+    add('images', metavar='IMAGES', help='pictures to judge')
+    add('--against', required=True, metavar='IMAGES|STATS.npz', help='pictures, or statistics of them')
+    add('--num', type=common.number(int, 2), metavar='N', help='only the first N of IMAGES')
+    add('--against-num', type=common.number(int, 2), metavar='N', help='only the first N of --against')
+    add('--save', metavar='STATS.npz', help='write the statistics of IMAGES there, for a later --against')
+    add('--fid-features', choices=['inception', 'pixels'], default='inception')
+    add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
+    add('--data-dir', default='data', metavar='PATH', help='where the Inception weights lie or go')
+    add('--resolution', type=common.number(int, 4, 1024), metavar='N', help='crop and resize pictures to this')
+    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--debug', action='store_true', help='show tracebacks')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: this machine has no GPU that torch can use')
     common.keep_freed_memory()
-    one = read_pictures(args.images, args.resolution)[:args.num]
-    other = None if args.against.endswith('.npz') else read_pictures(args.against, args.resolution)[:args.against_num]
     features, kind = feature_network(args.fid_features, args.inception, args.data_dir, args.device)
-    result = measure(len(one), lambda j, n: one[100 * j:100 * j + n], features, args.images)
+    statistics = lambda images, what: measure(
+        len(images), lambda j, n: images[100 * j:100 * j + n], features, what)
+    one = read_pictures(args.images, args.resolution)[:args.num]
+    if args.against.endswith('.npz'):
+        reference = load_statistics(args.against)
+    else:
+        reference = statistics(read_pictures(args.against, args.resolution)[:args.against_num], args.against)
+    result = statistics(one, args.images)
     if args.save:
         try:
             save_statistics(Path(args.save), *result)
         except OSError as error:
             raise UserError(f'--save {args.save}: {error.strerror}')
-    if other is None:
-        reference = load_statistics(args.against)
-    else:
-        reference = measure(len(other), lambda j, n: other[100 * j:100 * j + n], features, args.against)
-    against = f'{reference[2] or "unknown number":,} of {args.against}' if reference[2] else args.against
-    print(f'{distance_name(kind, result[2], against, False)}: {distance(result, reference, args.against):.4f}')
+    against = f'{reference[2]:,} of {args.against}' if reference[2] else args.against
+    judge = Judge(features, kind, reference, against, False)
+    print(f'{distance_name(kind, result[2], against, False)}: {distance(result, judge):.4f}')
 
 
 if __name__ == '__main__':

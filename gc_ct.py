@@ -2,21 +2,21 @@
 Jean-Yves Franceschi, Chansoo Kim, Alain Rakotomamonjy, 2024, https://arxiv.org/abs/2406.09570
 
 A consistency function f(x_t, t) maps a noisy image, at any noise level t, straight to the image at which the
-probability flow ODE through x_t ends. Improved consistency training (iCT, Song & Dhariwal 2023, arXiv 2310.14189) trains it
-from scratch by asking that neighbours on one path agree, at levels r = sigma_i and t = sigma_(i+1):
+probability flow ODE through x_t ends. Improved consistency training (iCT, Song & Dhariwal 2023, arXiv 2310.14189)
+trains it from scratch by asking that neighbours on one path agree, at levels r = sigma_i and t = sigma_(i+1):
 
     x_t = x0 + t z,   x_r = x0 + r z,   z ~ N(0, I)
     loss = d( f(x_t, t), stopgrad f(x_r, r) ) / (t - r),   and f(x, sigma_min) = x
 
-The image x0 and the noise z are drawn independently (`--coupling ic`), so that the paths of different pairs cross and the
-direction z is only on average that of the ODE. Here the model itself says which image goes with the noise. With
+The image x0 and the noise z are drawn independently (`--coupling ic`), so that the paths of different pairs cross and
+the direction z is only on average that of the ODE. Here the model itself says which image goes with the noise. With
 probability mu a sample's image is replaced by the end of the path that the model sees from x_r,
 
     x_hat = stopgrad f_EMA(x0 + r z, r),           x_t = x_hat + t z,   x_r = x_hat + r z
 
-and the loss is the same. Such pairs lie nearer to each other, and their direction is nearer to the ODE's (--analyse shows
-both). The other images keep training where no pair is generated. `--coupling ot` pairs images and noise within each batch at
-the least total distance instead (Pooladian et al. 2023, arXiv 2304.14772).
+and the loss is the same. Such pairs lie nearer to each other, and their direction is nearer to the ODE's (--analyse
+shows both). The other images keep training where no pair is generated. `--coupling ot` pairs images and noise within
+each batch at the least total distance instead (Pooladian et al. 2023, arXiv 2304.14772).
 
     python gc_ct.py                                               # ten shapes, some five minutes on two CPU cores
     python gc_ct.py --dataset cifar10 --gpus 8                    # the paper's setting
@@ -29,11 +29,11 @@ Where the paper leaves a choice, and where we deviate from it or from the publis
  1. `--mu` is the share of generated endpoints, as in the paper. The published code's mixing number counts the others.
  2. Endpoints are made for the samples that use them; the published code makes them for all and drops the rest.
  3. `--coupling ot` assigns within the global minibatch, over all processes.
- 4. The distance is that of iCT's paper, pseudo-Huber of the vector, as in the published code (VCT's takes it per number).
- 5. With `--schedule ict` dropout is 0 with generated endpoints and 0.3 without. `--dropout` sets it, also by resolution.
- 6. With `--schedule ect` the optimiser is ECT's RAdam, and f(x, t) -> x at t = 0, so that a diffusion model is a valid start.
+ 4. The distance is iCT's pseudo-Huber of the vector, as in the published code (VCT's takes it per number).
+ 5. With `--schedule ict` dropout is 0 with generated endpoints and 0.3 without; `--dropout` sets it.
+ 6. With `--schedule ect` the optimiser is ECT's RAdam, and f(x, t) -> x at t = 0: a diffusion model is a valid start.
  7. `--cond` (labels for network and endpoints) is ours; the paper is unconditional.
- 8. The regulariser's proxy in --analyse takes the ODE's exact direction over the training set, where a paper must estimate.
+ 8. The regulariser's proxy in --analyse takes the ODE's exact direction over the training set, no estimate of it.
 """
 import copy
 import functools
@@ -50,7 +50,8 @@ from unet import initial_network, make_network
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
 ICT = dict(                     # iCT's settings, which GC keeps
-    arch='songunet', attn_resolutions=[16], dropout=None, dropout_res=None, checkpoint=None, lr_decay=None, schedule='ict',
+    arch='songunet', attn_resolutions=[16], dropout=None, dropout_res=None, checkpoint=None, lr_decay=None,
+    schedule='ict',
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation, at the levels of the discretisation
     s0=10, s1=1280,             # there are s0 pairs of levels at first and s1 in the end
     c=0.00054,                  # distance sqrt(|u|² + c² D) - c sqrt(D), for images of D numbers
@@ -67,10 +68,13 @@ PRESETS = {
         batch=32, steps=1600, s1=80, lr=1e-4, lr_decay=100, mu=0.3, ema=0.998, ema_every=1,
         save_every=500, sample_every=200, eval_every=1600, fid_features='pixels', fid_num=2000),
     'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3, batch=512, steps=100_000),
-    'imagenet32': ICT | dict(resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], batch=512, steps=150_000, lr=8e-5),
-    'celeba64': ICT | dict(resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], batch=128, steps=150_000, lr=8e-5)}
+    'imagenet32': ICT | dict(
+        resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], batch=512, steps=150_000, lr=8e-5),
+    'celeba64': ICT | dict(
+        resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], batch=128, steps=150_000, lr=8e-5)}
+PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], batch=128)        # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                  # your pictures
-PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64')}
+PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64', 'fmnist')}
 PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=600, stages=3, lr=1e-3)
 PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
     mults=[2, 2, 2], blocks=4, dropout=0.2, checkpoint=EDM_URL, batch=128, steps=400_000)
@@ -95,7 +99,7 @@ def rho_levels(n, rho=7):
 
 
 def pair_probabilities(sigmas, P_mean, P_std):
-    """Probability of each pair of neighbours: that of ln sigma ~ N(P_mean, P_std²) between them (iCT Sec. 3.5). (N,) -> (N - 1,)"""
+    """Of each pair of neighbours: that ln sigma ~ N(P_mean, P_std²) is between them (iCT Sec. 3.5). (N,) -> (N - 1,)"""
     cdf = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     return cdf.diff() / (cdf[-1] - cdf[0])
 
@@ -108,7 +112,7 @@ def level_table(n, P_mean, P_std, device):
 
 
 def level_pair(u, sigmas, cumulated):
-    """Neighbours t = sigma_(i+1), r = sigma_i of uniform draws u (B,), by the inverse of the cumulated probabilities. -> (B,) each"""
+    """Neighbours t = sigma_(i+1), r = sigma_i of uniform draws u (B,), by the inverse of `cumulated`. -> (B,) each"""
     i = torch.searchsorted(cumulated, u, right=True).clamp(max=len(sigmas) - 2)
     return sigmas[i + 1], sigmas[i]
 
@@ -150,13 +154,13 @@ def ema_decay(step, limit):
 def generator_coupling(net, x0, z, r, y, chosen, m=0.0):
     """x_hat = stopgrad f(x0 + r z, r) where `chosen`, else x0 (the paper's Alg. 1). At r = 0 both are the same.
 
-    net: the endpoint network; x0, z (B, C, H, W); r (B,), the lower level of each pair; chosen (B,) bool, on the host, so that
-    picking them needs no wait for the device. -> (B, C, H, W)
+    net: the endpoint network; x0, z (B, C, H, W); r (B,), the lower level of each pair; chosen (B,) bool, on the host,
+    so that picking them needs no wait for the device. -> (B, C, H, W)
     """
     i = chosen.nonzero()[:, 0]
     if not len(i):
         return x0
-    if x0.is_cuda:          # cuDNN tunes itself for every number of images: let there be few, by making some endpoints twice
+    if x0.is_cuda:          # cuDNN tunes itself for every number of images: let there be few, some endpoints made twice
         i = torch.cat([i, i[:1].expand(-len(i) % 16)])
     i = i.to(x0.device, non_blocking=True)
     level = torch.where(r[i] > 0, r[i], SIGMA_MIN)
@@ -165,9 +169,9 @@ def generator_coupling(net, x0, z, r, y, chosen, m=0.0):
 
 
 def optimal_transport(x0, z):
-    """The order of images x0 (B, ...) whose pairs with z (B, ...) have the least sum of |x0 - sigma_max z|². -> (B,) indices
+    """The order of images x0 (B, ...) whose pairs with z (B, ...) have the least sum of |x0 - sigma_max z|². -> (B,)
 
-    The squares are the same in any order, so that the scale of z does not matter. The assignment is found on the host.
+    The squares are the same in any order: the scale of z does not matter. The assignment is found on the host.
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -181,7 +185,7 @@ def optimal_transport(x0, z):
 # 5. Loss
 
 def loss(net, x0, z, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0):
-    """Consistency loss of each sample, at x_t = x0 + t z and x_r = x0 + r z (iCT Eq. 7; at r = 0 ECT's, drawn to x0). -> (B,)
+    """Consistency loss of each sample, at x0 + t z and x0 + r z (iCT Eq. 7; at r = 0 ECT's, drawn to x0). -> (B,)
 
     `mask` seeds the dropout: both networks drop the same units, so that their difference is not that of two masks.
     """
@@ -195,7 +199,7 @@ def loss(net, x0, z, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0):
 
 
 def pseudo_huber(u, c):
-    """sqrt(|u|² + c² D) - c sqrt(D) for u (B, C, H, W) with D = C H W (iCT Sec. 3.3), the norm |u| for c = 0. -> (B,)"""
+    """sqrt(|u|² + c² D) - c sqrt(D) for u (B, C, H, W), D = C H W (iCT Sec. 3.3); the norm |u| for c = 0. -> (B,)"""
     norm = torch.linalg.vector_norm(u.flatten(1), dim=1)            # its gradient at 0 is 0
     c = c * math.sqrt(u[0].numel())
     return (norm.square() + c ** 2).sqrt() - c if c else norm
@@ -212,7 +216,7 @@ def denoising_loss(net, x0, z, t, y=None, mask=0):
 
 @torch.inference_mode()
 def sample(model, n, nfe=1, labels=None, seed=0, first=0):
-    """n images in [-1, 1], (n, C, H, W), `nfe` network evaluations each; labels: classes, in turn from number `first` on.
+    """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1).
     """
@@ -242,7 +246,7 @@ def load(path, device='cpu'):
 # 7. Training
 
 class Lion(torch.optim.Optimizer):
-    """Lion without weight decay (Chen et al. 2023, arXiv 2302.06675, Alg. 2): steps of size lr along the momentum's sign."""
+    """Lion without weight decay (Chen et al. 2023, arXiv 2302.06675, Alg. 2): steps of lr along the momentum's sign."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), foreach=True):
         super().__init__(params, dict(lr=lr, betas=betas))
@@ -267,7 +271,7 @@ def train(args):
     device = common.start(args)
     data = common.load_data(args).to(device)
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
-    judge = fid.prepare(args, data, device)                             # now: what is missing is to be missed now
+    judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
     net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
     net.config = common.config_of(args)
@@ -277,15 +281,14 @@ def train(args):
     optimizer = make_optimizer()
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
-        net.compile()
+        common.compile_in_place(net)
     wrapped, clock = common.distributed(net), common.Clock(args, device)
-    generator = ema if args.endpoint == 'ema' else net
-    student, teacher, endpoint = (clock.watch(common.network(module, args.precision, device), part)
-                                  for module, part in ((wrapped, 'student'), (net, 'teacher'), (generator, 'endpoint')))
+    watch = lambda module, part: clock.watch(common.network(module, args.precision, device), part)
+    student, teacher = watch(wrapped, 'student'), watch(net, 'teacher')
+    endpoint = watch(ema if args.endpoint == 'ema' else net, 'endpoint')
     mine = common.my_part(args.batch)
     m = SIGMA_MIN if args.schedule == 'ict' else 0.0                            # f(x, m) = x
-    log = common.Log(args, start, device)
+    log, draw = common.Log(args, start, device), functools.partial(sample, ema, labels=args.labels)
 
     if args.benchmark:
         start = args.pretrain_steps                                             # tuning, not its start, is timed
@@ -352,28 +355,19 @@ def train(args):
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
             common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
-        if log.due(step + 1, args.eval_every):
-            if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
-                common.save_final(args, ema.state_dict(), 'best.pt')
+        if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
+            common.save_final(args, ema, 'best')
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
-    common.save_final(args, ema.state_dict())
-
-
-def evaluate(model, args, judge, nfe):
-    """Fréchet distance of samples of `model`, printed. -> (its name, value)"""
-    name, value = fid.evaluate(judge, args.fid_num, lambda j, n: sample(
-        model, n, nfe, args.labels, common.key(args.seed, j), first=100 * j))
-    common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
-    return f'{name}, {nfe} step', value
+    common.save_final(args, ema)
 
 
 # 8. The paper's diagnostics
 
 def posterior_mean(x_t, t, images, allowed=None):
-    """E[x0 | x_t] for x0 any of `images` uint8 (N, C, H, W) that is `allowed` (B, N): softmax of -|x_t - x0|² / (2 t²)."""
+    """E[x0 | x_t], x0 one of `images` uint8 (N, C, H, W), `allowed` (B, N): softmax of -|x_t - x0|² / (2 t²)."""
     x, pieces = x_t.flatten(1), images.flatten(1).split(4096)
     read = lambda piece: common.normalise(piece.to(x.device))
     with common.true_float32():
@@ -386,11 +380,11 @@ def posterior_mean(x_t, t, images, allowed=None):
 
 @torch.inference_mode()
 def diagnostics(net, x0, z, y, images, labels, sigma, m=SIGMA_MIN, order=None):
-    """Two numbers for each coupling at the level sigma, means over the batch and per number of an image. -> {name: (cost, proxy)}
+    """Of each coupling at the level sigma, means over the batch and an image's numbers. -> {name: (cost, proxy)}
 
-    cost: |x - z|² of the pairs (x, z), the transport cost. proxy: |z - v(x_t)|² at x_t = x + sigma z, how far the direction
-    that training follows is from the ODE's, v = (x_t - E[x0 | x_t]) / sigma, which distillation follows; the term
-    that separates the two objectives grows with it. order: of the images, from `optimal_transport`, or None.
+    cost: |x - z|² of the pairs (x, z), the transport cost. proxy: |z - v(x_t)|² at x_t = x + sigma z, how far the
+    direction that training follows is from the ODE's, v = (x_t - E[x0 | x_t]) / sigma, which distillation follows; the
+    term that separates the two objectives grows with it. order: of the images, from `optimal_transport`, or None.
     """
     t = torch.full((len(x0),), sigma, device=x0.device)
     everyone = torch.ones(len(x0), dtype=torch.bool)
@@ -408,7 +402,7 @@ def diagnostics(net, x0, z, y, images, labels, sigma, m=SIGMA_MIN, order=None):
 def analyse(args, model, device):
     """Prints both diagnostics for 512 images by noise level and draws them, in `analyse.png`."""
     data = common.load_data(args).to(device)
-    net, labels = common.network(model, args.precision, device), data.labels if data.labels is None else data.labels.to(device)
+    net, labels = common.network(model, args.precision, device), data.labels_of(slice(None), device)
     batches = common.batch_indices(len(data.images), 512, 0, args.seed).split(64)
     rows, order = {}, None
     names = ['IC', 'OT', 'GC']
@@ -426,20 +420,23 @@ def analyse(args, model, device):
             for name, values in diagnostics(net, x0, z, y, data.images, labels, sigma, order=order).items():
                 rows.setdefault((i, name), []).append(values)
     means = {place: torch.tensor(values).mean(0).tolist() for place, values in rows.items()}
-    common.say('             transport cost, |x - z|²      regulariser, |z - v|²\n   sigma   ' + '  '.join(2 * [''.join(f'{n:>9}' for n in names)]))
+    common.say('             transport cost, |x - z|²      regulariser, |z - v|²')
+    common.say('   sigma   ' + '  '.join(2 * [''.join(f'{name:>9}' for name in names)]))
     for i, sigma in enumerate(sigmas):
-        common.say(f'{sigma:8.4g}   ' + '  '.join(''.join(f'{means[i, name][which]:9.4f}' for name in names) for which in (0, 1)))
+        costs, proxies = (''.join(f'{means[i, name][which]:9.4f}' for name in names) for which in (0, 1))
+        common.say(f'{sigma:8.4g}   {costs}  {proxies}')
     curve = lambda which: {name: [(sigma, means[i, name][which]) for i, sigma in enumerate(sigmas)] for name in names}
-    common.save_picture(args, 'analyse.png', lambda path: common.save_plot(
-        {'transport cost: mean square of x - z': curve(0), 'regulariser: mean square of z - v': curve(1)}, path, 'noise level sigma'))
+    panels = {'transport cost: mean square of x - z': curve(0), 'regulariser: mean square of z - v': curve(1)}
+    common.save_picture(args, 'analyse.png', lambda path: common.save_plot(panels, path, 'noise level sigma'))
 
 
 # 9. Command line
 
 def add_flags(parser):
     """The flags that are GC's own."""
-    number, add = common.number, parser.add_argument_group('method').add_argument
-    add('--coupling', choices=['ic', 'ot', 'gc'], help='of image and noise: independent, minibatch transport, generator-induced')
+    number = common.number
+    add = parser.add_argument_group('method', 'python gc_ct.py --schedule ect --coupling gc --mu 0.3').add_argument
+    add('--coupling', choices=['ic', 'ot', 'gc'], help='of image and noise: independent, transport, generator-induced')
     add('--mu', type=number(float, 0, 1), metavar='P', help='share of generated endpoints')
     add('--endpoint', choices=['ema', 'online'], help='the network that generates them')
     add('--schedule', choices=['ict', 'ect'], help='from scratch on ever more levels, or tuning with ever smaller gaps')
@@ -461,7 +458,7 @@ def main(argv):
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.schedule == 'ect' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: in the end t and r would be the same to single precision')
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     args.nfe = args.nfe or [1]
     if args.dry_run:
         return common.say(json.dumps(common.config_of(args), indent=2))
@@ -470,15 +467,12 @@ def main(argv):
     device = common.start(args)
     model = load(args.use, device)
     model.config['precision'] = args.precision
+    draw = functools.partial(sample, model, labels=args.labels)
     if args.analyse:
         return analyse(args, model, device)
-    if args.evaluate:
-        judge = fid.prepare(args, None if args.fid_ref else common.load_data(args), device)
-    for nfe in args.nfe:
-        if args.evaluate:
-            evaluate(model, args, judge, nfe)
-        else:
-            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed))
+    if args.sample:
+        return common.save_samples(args, draw)
+    fid.evaluate(fid.prepare(args, device), args, draw)
 
 
 if __name__ == '__main__':

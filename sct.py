@@ -36,6 +36,7 @@ Where the paper leaves a choice, and where we deviate from it:
 """
 import argparse
 import copy
+import functools
 import json
 import math
 import sys
@@ -68,13 +69,15 @@ PRESETS = {
     'cifar10': ECT | dict(      # DDPM++
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=EDM_URL,
         batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000)}
-PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)      # your pictures
+PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], checkpoint=None)  # ours
+PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)                         # your pictures
 for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT's, on EDM2
     PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
         attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint=EDM2_URL if size == 'S' else None,
         P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
-        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000, save_every=5000, sample_every=5000)
+        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000,
+        save_every=5000, sample_every=5000)
 
 
 # 2. Noise levels
@@ -135,11 +138,11 @@ CHUNK = 2 ** 23         # how many numbers of the references are float32 at a ti
 
 
 def posterior_mean(x_t, t, chunks):
-    """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weighted by softmax -|x_t - x^(i)|² / (2 t²).
+    """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed (B, n)
-    bool, who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running maximum
-    and sum (the log-sum-exp of flash attention) make the pieces add up, so that memory is that of one piece.
+    x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed
+    (B, n) bool, who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running
+    maximum and sum (the log-sum-exp of flash attention) make the pieces add up: memory is that of one piece.
     """
     x, t = x_t.flatten(1), t[:, None]                                                       # (B, D), (B, 1)
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
@@ -156,11 +159,11 @@ def posterior_mean(x_t, t, chunks):
     return (mean / total).view_as(x_t)
 
 
-def references(data, ref_size, index, mine, x0, y, draw):
+def references(data, ref_size, index, mine, x0, y, choose):
     """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; x0 is among each sample's own.
 
     index (B,): the global batch within `data`, of which x0 (B, C, H, W) are the images, y (B,) the labels or None, and
-    the slice `mine` this process's part. draw(n) gives n random indices.
+    the slice `mine` this process's part. choose(n) gives n random indices.
     """
     same = lambda labels: None if y is None else y[mine, None] == labels.to(y.device, non_blocking=True)
     if ref_size == 'batch':
@@ -175,18 +178,18 @@ def references(data, ref_size, index, mine, x0, y, draw):
                 refs = data.images[part.to(data.images.device, non_blocking=True)]
                 yield refs.to(x0.device, non_blocking=True), same(data.labels[part])
     else:
-        others = draw(int(ref_size) - 1)                        # shared by the batch
+        others = choose(int(ref_size) - 1)                       # shared by the batch
         refs, ref_labels = data.at(others, x0.device)
         allowed = (index[mine, None] != others).to(x0.device, non_blocking=True)
         yield refs, allowed if y is None else allowed & same(ref_labels)
         yield x0[mine], torch.eye(len(allowed), dtype=torch.bool, device=x0.device)     # each sample's own image
 
 
-def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, draw):
+def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, choose):
     """x0_hat and eps_hat = (x_t - x0_hat) / t for this process's x_t (b, C, H, W), t (b,); the rest as above."""
     if ref_size == '1':
         return x_all[mine], eps                             # x0 alone: ECT, without a rounding on the way back to eps
-    x0_hat = posterior_mean(x_t, t, references(data, ref_size, index, mine, x_all, y_all, draw))
+    x0_hat = posterior_mean(x_t, t, references(data, ref_size, index, mine, x_all, y_all, choose))
     return x0_hat, (x_t - x0_hat) / t[:, None, None, None]
 
 
@@ -236,7 +239,7 @@ def edm_weight(t):
 
 @torch.inference_mode()
 def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None, first=0):
-    """n images in [-1, 1], (n, C, H, W), `nfe` network evaluations each; labels: classes, in turn from number `first` on.
+    """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A
     model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
@@ -282,7 +285,7 @@ def train(args):
     device = common.start(args)
     data = common.load_data(args).to(device)
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
-    judge = fid.prepare(args, data, device)                             # now: what is missing is to be missed now
+    judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
     net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
     net.config = common.config_of(args)
@@ -292,15 +295,14 @@ def train(args):
     optimizer = make_optimizer()
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
-        net.compile()
+        common.compile_in_place(net)
     wrapped, clock = common.distributed(net), common.Clock(args, device)
-    student, teacher = (clock.watch(common.network(module, args.precision, device), part)
-                        for module, part in ((wrapped, 'student'), (net, 'teacher')))
+    watch = lambda module, part: clock.watch(common.network(module, args.precision, device), part)
+    student, teacher = watch(wrapped, 'student'), watch(net, 'teacher')
     mine = common.my_part(args.batch)
     edges = torch.tensor(phase_edges(args.phases, args.edges), device=device)
     kept = [round(share * args.steps) for share in args.keep_ema or []]
-    log = common.Log(args, start, device)
+    log, draw = common.Log(args, start, device), functools.partial(sample, ema, labels=args.labels)
 
     if args.benchmark:
         start = args.pretrain_steps                                             # tuning, not its start, is timed
@@ -316,7 +318,8 @@ def train(args):
 
         # Draws. Made for the global batch, so that any number of processes trains on the same ones.
         index, x_all, y_all = next(batches)
-        draw = lambda n: common.randint(len(data.images), n, args.seed, step, 'references')
+        named = common.generator(args.seed, step, 'references')
+        choose = lambda n: torch.randint(len(data.images), (n,), generator=named)
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)[mine]
         x0, y = x_all[mine], None if y_all is None else y_all[mine]
         pretraining = step < args.pretrain_steps
@@ -327,7 +330,7 @@ def train(args):
 
         # Target.
         x_t = x0 + t[:, None, None, None] * eps
-        x0_hat, eps_hat = target(data, args.ref_size, index, mine, x_all, y_all, x_t, t, eps, draw)
+        x0_hat, eps_hat = target(data, args.ref_size, index, mine, x_all, y_all, x_t, t, eps, choose)
         clock('reference mean')
 
         # Loss and gradient.
@@ -359,25 +362,16 @@ def train(args):
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if step + 1 in kept and not args.benchmark:                             # a worse self, for --guide
-            common.save_final(args, ema.state_dict(), f'ema-{step + 1}.pt')
+            common.save_final(args, ema, f'ema-{step + 1}')
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
             common.save_progress(args, step + 1, sample(ema, 64, args.phases, seed=args.seed), log)
-        if log.due(step + 1, args.eval_every):
-            if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
-                common.save_final(args, ema.state_dict(), 'best.pt')
+        if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
+            common.save_final(args, ema, 'best')
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
-    common.save_final(args, ema.state_dict())
-
-
-def evaluate(model, args, judge, nfe, guide=None):
-    """Fréchet distance of samples of `model`, printed. -> (its name, value)"""
-    name, value = fid.evaluate(judge, args.fid_num, lambda j, n: sample(
-        model, n, nfe, args.labels, common.key(args.seed, j), guide, args.guidance, args.eta, first=100 * j))
-    common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
-    return f'{name}, {nfe} step', value
+    common.save_final(args, ema)
 
 
 # 8. Command line
@@ -391,7 +385,8 @@ def ref_size(text):
 
 def add_flags(parser):
     """The flags that are SCT's own."""
-    number, add = common.number, parser.add_argument_group('method').add_argument
+    number = common.number
+    add = parser.add_argument_group('method', 'python sct.py --ref-size all --phases 2 --eta 0.9').add_argument
     add('--ref-size', type=ref_size, metavar='1|batch|N|all',
         help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N drawn, `all` data')
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
@@ -400,7 +395,7 @@ def add_flags(parser):
     add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each')
     add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
-    add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of the run')
+    add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of a run')
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
     add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
@@ -410,11 +405,11 @@ def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate uses what was trained."""
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv)
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
-        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, in ascending order')
+        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
     if (args.guide is None) != (args.guidance is None):
         raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
     if (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: in the end t and r would be the same to single precision')
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     args.nfe = args.nfe or [args.phases]
     if args.phases > 1 and args.nfe != [args.phases]:
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
@@ -425,13 +420,10 @@ def main(argv):
     device = common.start(args)
     model, guide = load(args.use, device), load(args.guide, device) if args.guide else None
     model.config['precision'] = args.precision
-    if args.evaluate:
-        judge = fid.prepare(args, None if args.fid_ref else common.load_data(args), device)
-    for nfe in args.nfe:
-        if args.evaluate:
-            evaluate(model, args, judge, nfe, guide)
-        else:
-            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed, guide, args.guidance, args.eta))
+    draw = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
+    if args.sample:
+        return common.save_samples(args, draw)
+    fid.evaluate(fid.prepare(args, device), args, draw)
 
 
 if __name__ == '__main__':

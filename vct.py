@@ -116,7 +116,7 @@ def rho_levels(n, rho=7):
 
 
 def pair_probabilities(sigmas, P_mean, P_std):
-    """Probability of each pair of neighbours: that of ln sigma ~ N(P_mean, P_std²) between them (iCT Sec. 3.5). (N,) -> (N - 1,)"""
+    """Of each pair of neighbours: that ln sigma ~ N(P_mean, P_std²) is between them (iCT Sec. 3.5). (N,) -> (N - 1,)"""
     cdf = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     return cdf.diff() / (cdf[-1] - cdf[0])
 
@@ -129,7 +129,7 @@ def level_table(n, P_mean, P_std, device):
 
 
 def level_pair(u, sigmas, cumulated):
-    """Neighbours t = sigma_(i+1), r = sigma_i of uniform draws u (B,), by the inverse of the cumulated probabilities. -> (B,) each"""
+    """Neighbours t = sigma_(i+1), r = sigma_i of uniform draws u (B,), by the inverse of `cumulated`. -> (B,) each"""
     i = torch.searchsorted(cumulated, u, right=True).clamp(max=len(sigmas) - 2)
     return sigmas[i + 1], sigmas[i]
 
@@ -200,9 +200,9 @@ def emit(encoder, x0, n, y=None):
 
 
 def optimal_transport(x0, z):
-    """The order of images x0 (B, ...) whose pairs with z (B, ...) have the least sum of |x0 - sigma_max z|². -> (B,) indices
+    """The order of images x0 (B, ...) whose pairs with z (B, ...) have the least sum of |x0 - sigma_max z|². -> (B,)
 
-    The squares are the same in any order, so that the scale of z does not matter. The assignment is found on the host.
+    The squares are the same in any order: the scale of z does not matter. The assignment is found on the host.
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -264,7 +264,7 @@ def edm_weight(t):
 
 @torch.inference_mode()
 def sample(model, n, nfe=1, labels=None, seed=0, first=0):
-    """n images in [-1, 1], (n, C, H, W), `nfe` network evaluations each; labels: classes, in turn from number `first` on.
+    """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds noise of a lower level and maps back (CM Alg. 1): fresh
     noise, or with an encoder the noise that it emits for the image so far.
@@ -292,7 +292,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
 
 def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, lambda args: add_encoder(make_network(args), args), device, beside=['encoder'])
+    return common.load_network(path, lambda args: add_encoder(make_network(args), args), device, apart=['encoder'])
 
 
 # 7. Training
@@ -302,7 +302,7 @@ def train(args):
     device = common.start(args)
     data = common.load_data(args).to(device)
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
-    judge = fid.prepare(args, data, device)                             # now: what is missing is to be missed now
+    judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
     net = add_encoder(initial_network(args), args)
     net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
@@ -313,16 +313,13 @@ def train(args):
     optimizer = make_optimizer()
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
-        net.compile()
-        if args.coupling == 'vc':
-            net.encoder.compile()
+        common.compile_in_place(net, *([net.encoder] if args.coupling == 'vc' else []))
     wrapped, clock = common.distributed(net), common.Clock(args, device)
-    student, teacher = (clock.watch(common.network(module, args.precision, device), part)
-                        for module, part in ((wrapped, 'student'), (net, 'teacher')))
-    encoder = clock.watch(common.network(net.encoder, args.precision, device), 'encoder') if args.coupling == 'vc' else None
+    watch = lambda module, part: clock.watch(common.network(module, args.precision, device), part)
+    student, teacher = watch(wrapped, 'student'), watch(net, 'teacher')
+    encoder = watch(net.encoder, 'encoder') if args.coupling == 'vc' else None
     mine = common.my_part(args.batch)
-    log = common.Log(args, start, device)
+    log, draw = common.Log(args, start, device), functools.partial(sample, ema, labels=args.labels)
 
     if args.benchmark:
         start = args.pretrain_steps                                             # tuning, not its start, is timed
@@ -393,31 +390,13 @@ def train(args):
         log.step(step + 1, loss=total[0], consistency=total[1], kl=total[2], grad_norm=grad_norm)
         if log.due(step + 1, args.sample_every) and common.rank() == 0:
             common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
-        if log.due(step + 1, args.eval_every):
-            if log.evaluated(step + 1, dict(evaluate(ema, args, judge, nfe) for nfe in args.nfe)):
-                save_final(args, ema, 'best')
+        if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
+            common.save_final(args, ema, 'best', apart=['encoder'])
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
             return
-    save_final(args, ema)
-
-
-def save_final(args, ema, name='final'):
-    """final.pt is the EMA network alone, under the published names; its encoder goes to final-encoder.pt."""
-    state = ema.state_dict()
-    encoder = {key.removeprefix('encoder.'): state.pop(key) for key in list(state) if key.startswith('encoder.')}
-    common.save_final(args, state, f'{name}.pt')
-    if encoder:
-        common.save_final(args, encoder, f'{name}-encoder.pt')
-
-
-def evaluate(model, args, judge, nfe):
-    """Fréchet distance of samples of `model`, printed. -> (its name, value)"""
-    name, value = fid.evaluate(judge, args.fid_num, lambda j, n: sample(
-        model, n, nfe, args.labels, common.key(args.seed, j), first=100 * j))
-    common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
-    return f'{name}, {nfe} step', value
+    common.save_final(args, ema, apart=['encoder'])
 
 
 # 8. What the encoder does
@@ -478,7 +457,8 @@ def analyse(args, model, device):
 
 def add_flags(parser):
     """The flags that are VCT's own."""
-    number, add = common.number, parser.add_argument_group('method').add_argument
+    number = common.number
+    add = parser.add_argument_group('method', 'python vct.py --base ecm --coupling vc --beta 10').add_argument
     add('--base', choices=['ict', 'ecm'], help='from scratch on ever more levels, or tuning with ever smaller gaps')
     add('--kernel', choices=['ve', 'li'], help='path from image to noise: x0 + t eps, or (1 - t/sigma_max) x0 + t eps')
     add('--coupling', choices=['independent', 'ot', 'vc'], help='of image and noise')
@@ -504,7 +484,7 @@ def main(argv):
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: in the end t and r would be the same to single precision')
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     args.nfe = args.nfe or [1]
     if args.dry_run:
         return common.say(json.dumps(common.config_of(args), indent=2))
@@ -513,15 +493,12 @@ def main(argv):
     device = common.start(args)
     model = load(args.use, device)
     model.config['precision'] = args.precision
+    draw = functools.partial(sample, model, labels=args.labels)
     if args.analyse:
         return analyse(args, model, device)
-    if args.evaluate:
-        judge = fid.prepare(args, None if args.fid_ref else common.load_data(args), device)
-    for nfe in args.nfe:
-        if args.evaluate:
-            evaluate(model, args, judge, nfe)
-        else:
-            common.save_sample(args, nfe, sample(model, args.n, nfe, args.labels, args.seed))
+    if args.sample:
+        return common.save_samples(args, draw)
+    fid.evaluate(fid.prepare(args, device), args, draw)
 
 
 if __name__ == '__main__':

@@ -19,13 +19,14 @@ B = 64
 
 def gradient(model, data, ref_size, j, levels):
     """Gradient of the loss of batch j, all parameters in one vector."""
-    net, normal = common.network(model, 'fp32', torch.device('cpu')), lambda name, *shape: common.randn((B, *shape), j, name)
+    net = common.network(model, 'fp32', torch.device('cpu'))
+    normal = lambda name, *shape: common.randn((B, *shape), j, name)
     index = common.batch_indices(len(data.images), B, j, 7)
     x0, y = data.at(index, torch.device('cpu'))
     t, eps = sct.upper_level(normal('level'), *levels), normal('noise', *x0.shape[1:])
     x_t = x0 + t[:, None, None, None] * eps
-    draw = lambda n: common.randint(len(data.images), n, j, 'references')
-    x0_hat, eps_hat = sct.target(data, ref_size, index, slice(0, B), x0, y, x_t, t, eps, draw)
+    choose = lambda n: torch.randint(len(data.images), (n,), generator=common.generator(j, 'references'))
+    x0_hat, eps_hat = sct.target(data, ref_size, index, slice(0, B), x0, y, x_t, t, eps, choose)
     model.zero_grad()
     sct.loss(net, x_t, t, x0_hat, eps_hat, sct.lower_level(t, 2), y).mean().backward()
     return torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
@@ -39,7 +40,8 @@ def main(run, weights=None, P_mean=-1.1, P_std=2.0):
     for ref_size in ('1', 'batch', '1024', 'all'):
         gradients = [gradient(model, data, ref_size, j, (float(P_mean), float(P_std))) for j in range(32)]
         noise = torch.stack([(a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])])
-        print(f'{ref_size:>6}: {noise.mean():.2f} ± {noise.std():.2f}, mean gradient {torch.stack(gradients).mean(0).norm():.2f}', flush=True)
+        mean = torch.stack(gradients).mean(0).norm()
+        print(f'{ref_size:>6}: {noise.mean():.2f} ± {noise.std():.2f}, mean gradient {mean:.2f}', flush=True)
 
 
 if __name__ == '__main__':

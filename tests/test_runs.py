@@ -91,7 +91,16 @@ def test_samples_and_evaluation(script, capsys):
     assert torch.equal(one, script.module.sample(script.module.load(script.out / 'final.pt'), 12, seed=3))
     for source in (script.out, script.out / 'checkpoint.pt', script.out / 'final.pt'):
         assert script.run('--sample', source, '--n', 6, '--nfe', '1,4', '--labels', '1,2') == 0
-    assert {p.name for p in script.out.glob('*.png')} >= {'sample-1-step.png', 'sample-4-step.png'}
+        assert script.run('--sample', source, '--n', 18, '--nfe', 2) == 0
+    assert {p.name for p in script.out.glob('*.png')} == {'curves.png', 'sample-1-4-steps.png', 'sample-2-step.png'}
+    assert script.run('--sample', script.out, '--n', 18, '--nfe', '1,4') == 0               # strips of 16 and of 2
+    strips = np.asarray(Image.open(script.out / 'sample-1-4-steps.png'))
+    assert strips.shape[:2] == (4 * 66 + 2, 16 * 66 + 2)
+    model_images = [common.to_uint8(script.module.sample(model, 18, nfe)).permute(0, 2, 3, 1).numpy() for nfe in (1, 4)]
+    tile = lambda row, column: strips[2 + 66 * row:66 + 66 * row:4, 2 + 66 * column:66 + 66 * column:4]
+    for row, column, nfe, i in [(0, 0, 0, 0), (0, 15, 0, 15), (1, 3, 1, 3), (2, 1, 0, 17), (3, 0, 1, 16)]:
+        np.testing.assert_array_equal(tile(row, column), model_images[nfe][i])
+    assert (tile(3, 2) == 255).all()
     assert script.run('--evaluate', script.out, '--nfe', '1,2', '--fid-num', 50) == 0
     out = capsys.readouterr().out
     assert 'pixel-FD (50 images against the 200 training images), 1 step: ' in out and '2 steps: ' in out
@@ -104,16 +113,19 @@ def test_precision_of_sampling_is_the_flags(script):
     assert Path('fp32/sample-1-step.png').read_bytes() != Path('bf16/sample-1-step.png').read_bytes()
 
 
-def test_lots_of_samples_go_through_all_classes(script, monkeypatch):
+def test_lots_of_samples_go_through_all_classes():
     """150 classes in lots of 100: every class is sampled equally often."""
     labels = torch.cat([common.choose_labels(100, None, 150, first=100 * j) for j in range(3)])
     assert labels.bincount().tolist() == [2] * 150
     asked = []
-    monkeypatch.setattr(script.module, 'sample', lambda *a, first=0, **k: (
-        asked.append(common.choose_labels(a[1], None, 150, first)), torch.zeros(a[1], 3, 1, 1))[1])
-    args = common.argparse.Namespace(labels=None, seed=0, guidance=None, eta=None, fid_num=300)
-    judge = fid.Judge(lambda x: x.flatten(1).double() + torch.rand(len(x), 3), 'pixel-FD', (np.zeros(3), np.eye(3), 9), 'x', True)
-    script.module.evaluate(None, args, judge, 1)
+
+    def draw(n, nfe, seed, first):
+        asked.append(common.choose_labels(n, None, 150, first))
+        return torch.zeros(n, 3, 1, 1)
+    args = common.argparse.Namespace(seed=0, fid_num=300, nfe=[1])
+    features = lambda x: x.flatten(1).double() + torch.rand(len(x), 3)
+    judge = fid.Judge(features, 'pixel-FD', (np.zeros(3), np.eye(3), 9), 'x', True)
+    fid.evaluate(judge, args, draw)
     assert torch.cat(asked).bincount().tolist() == [2] * 150
 
 

@@ -150,9 +150,9 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
         try:
             common.save_checkpoint(args, 2, ema=net)
-            common.save_final(args, net.state_dict(), 'best.pt')
+            common.save_final(args, net, 'best')
             with pytest.raises(common.UserError, match='make room'):
-                common.save_final(args, net.state_dict())
+                common.save_final(args, net)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert common.load_checkpoint(tmp_path)['step'] == 1 and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
