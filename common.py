@@ -370,7 +370,7 @@ def compile_in_place(*modules):
     """torch.compile, of which each network's user sees nothing."""
     torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
     for module in modules:
-        module.compile()
+        module.compile(dynamic=False)               # sizes hardly change, and code for one size is faster
 
 
 def distributed(net):

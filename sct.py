@@ -85,6 +85,12 @@ for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 
 
+def rho_levels(n, rho=7):
+    """n + 1 levels from sigma_min to sigma_max, evenly spaced in sigma^(1/rho) (EDM Eq. 5)."""
+    low, high = SIGMA_MIN ** (1 / rho), SIGMA_MAX ** (1 / rho)
+    return [(low + i / n * (high - low)) ** rho for i in range(n + 1)]
+
+
 def upper_level(normal, P_mean, P_std):
     """t of a standard normal draw: ln t ~ N(P_mean, P_std²). (B,) -> (B,)"""
     return (P_mean + P_std * normal).exp()
@@ -104,12 +110,6 @@ def stage_at(share, stages, schedule):
 def phase_edges(phases, edges=None):
     """0 = s_0 < ... < s_M = sigma_max: by rho 7, or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
     return [0.0, *(edges or rho_levels(phases)[1:phases]), SIGMA_MAX]
-
-
-def rho_levels(n, rho=7):
-    """n + 1 levels from sigma_min to sigma_max, evenly spaced in sigma^(1/rho) (EDM Eq. 5)."""
-    low, high = SIGMA_MIN ** (1 / rho), SIGMA_MAX ** (1 / rho)
-    return [(low + i / n * (high - low)) ** rho for i in range(n + 1)]
 
 
 def phase_floor(t, edges):

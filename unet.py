@@ -14,12 +14,14 @@ To copy into your own project: the networks (sections 1 and 2) need nothing but 
 """
 import io
 import math
+import pickle
 import pickletools
 import struct
 import zipfile
 import zlib
+from collections import namedtuple
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -39,8 +41,8 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # only the time embedding passes here: levels t and r are
-            return super().forward(x.float())                   # too near each other for 16 bits to tell them apart
+        with torch.autocast(x.device.type, enabled=False):      # only the time embedding passes here: 16 bits cannot
+            return super().forward(x.float())                   # tell levels t and r apart that are near each other
 
 
 class Conv2d(nn.Module):
@@ -64,11 +66,9 @@ class Conv2d(nn.Module):
 
     def resample(self, x, padding):
         """Depthwise FIR filter with stride 2, down or (transposed, gain 4 to make up for the inserted zeros) up."""
-        channels = x.shape[1]
-        taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
-        if self.up:
-            return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=channels)
-        return F.conv2d(x, taps, stride=2, padding=padding, groups=channels)
+        taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        convolve, taps = (F.conv_transpose2d, 4 * taps) if self.up else (F.conv2d, taps)
+        return convolve(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
     def forward(self, x):
         weight, bias, pad = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[-1] // 2
@@ -83,6 +83,15 @@ class Conv2d(nn.Module):
 def group_norm(channels):
     """GroupNorm with at most 32 groups and at least 4 channels in each."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def drop(x, p, training):
+    """F.dropout; on a CPU, whose generator is serial, from 16 random bits a number: saves a twentieth of a step."""
+    if not training or not p or x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()]
+    kept = (bits >= round(p * 2 ** 16) - 2 ** 15).as_strided(x.size(), x.stride())          # in the layout of x
+    return x * (kept / (1 - p)).to(x.dtype)
 
 
 class UNetBlock(nn.Module):
@@ -101,19 +110,17 @@ class UNetBlock(nn.Module):
         self.affine = Linear(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init_scale=1e-5)
-        self.skip = None
-        if in_channels != out_channels or up or down:
-            self.skip = Conv2d(in_channels, out_channels, 1, **resampling)
-        self.norm2 = None
+        changes = in_channels != out_channels or up or down
+        self.skip = Conv2d(in_channels, out_channels, 1, **resampling) if changes else None
+        self.norm2 = group_norm(out_channels) if attention else None
         if attention:
-            self.norm2 = group_norm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_scale=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, init_scale=1e-5)
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
         h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
-        h = F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)
+        h = drop(F.silu(self.norm1(h)), self.dropout, self.training)
         x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is None:
             return x
@@ -126,29 +133,24 @@ class UNetBlock(nn.Module):
         return (x + self.proj(h)) * math.sqrt(0.5)
 
 
-class PositionalEmbedding(nn.Module):
-    """Transformer sinusoids: t (B,) -> (B, channels) = [sin, cos] at frequencies 10000^(-i / (channels/2 - 1))."""
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, channels) = [sin, cos] of t at channels / 2 frequencies.
 
-    def __init__(self, channels):
+    They are a Transformer's 10000^(-i / (channels/2 - 1)), or, if `fourier`, 2 pi times random numbers fixed at birth.
+    """
+
+    def __init__(self, channels, fourier):
         super().__init__()
-        self.channels = channels
+        self.half = channels // 2
+        self.register_buffer('freqs', 16 * torch.randn(self.half) if fourier else None)
 
     def forward(self, t):
-        half = self.channels // 2
-        i = torch.arange(half, dtype=torch.float32, device=t.device)
-        arg = t.float()[:, None] * (1 / 10000) ** (i / (half - 1))
-        return torch.cat([arg.sin(), arg.cos()], dim=1)
-
-
-class FourierEmbedding(nn.Module):
-    """Random Fourier features: t (B,) -> (B, channels) = [sin, cos] of 2 pi t times frequencies fixed at birth."""
-
-    def __init__(self, channels, scale=16):
-        super().__init__()
-        self.register_buffer('freqs', scale * torch.randn(channels // 2))
-
-    def forward(self, t):
-        arg = t.float()[:, None] * (2 * math.pi * self.freqs)
+        if self.freqs is None:
+            i = torch.arange(self.half, dtype=torch.float32, device=t.device)
+            freqs = (1 / 10000) ** (i / (self.half - 1))
+        else:
+            freqs = 2 * math.pi * self.freqs
+        arg = t.float()[:, None] * freqs
         return torch.cat([arg.sin(), arg.cos()], dim=1)
 
 
@@ -192,8 +194,7 @@ class SongUNet(nn.Module):
 
     def __init__(self,
                  img_resolution,                # height and width of the images
-                 in_channels,                   # colour channels in
-                 out_channels,                  # colour channels out
+                 in_channels, out_channels,     # colour channels in and out
                  label_dim=0,                   # number of classes, 0 = unconditional
                  augment_dim=0,                 # size of the augmentation label, 0 = none
                  model_channels=128,            # width at channel_mult 1
@@ -218,7 +219,7 @@ class SongUNet(nn.Module):
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
 
         noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * 4
-        self.map_noise = (PositionalEmbedding if embedding_type == 'positional' else FourierEmbedding)(noise_channels)
+        self.map_noise = TimeEmbedding(noise_channels, fourier=embedding_type == 'fourier')
         self.map_label = Linear(label_dim, noise_channels) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels)
@@ -301,7 +302,7 @@ class MPConv(nn.Module):
 
     def forward(self, x, gain=1.0):
         if self.weight.ndim == 2 and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):                              # as in `Linear`: the time embedding
+            with torch.autocast(x.device.type, enabled=False):  # as in `Linear`: the time embedding
                 return self.forward(x.float(), gain)
         dims = tuple(range(1, self.weight.ndim))
         if self.training and torch.is_grad_enabled():       # Eq. 66: stored weights never grow; teachers leave them be
@@ -348,7 +349,7 @@ class MPBlock(nn.Module):
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         h = self.conv_res0(mp_silu(x))
         h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
-        h = self.conv_res1(F.dropout(h, self.dropout, self.training))
+        h = self.conv_res1(drop(h, self.dropout, self.training))
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:
             B, C, H, W = x.shape
@@ -367,8 +368,7 @@ class EDM2UNet(nn.Module):
 
     def __init__(self,
                  img_resolution,                # height and width of the images
-                 in_channels,                   # colour channels in
-                 out_channels,                  # colour channels out
+                 in_channels, out_channels,     # colour channels in and out
                  label_dim=0,                   # number of classes, 0 = unconditional
                  model_channels=192,            # width at channel_mult 1: EDM2_WIDTHS
                  channel_mult=(1, 2, 3, 4),     # width of each resolution, finest first, in model_channels
@@ -388,7 +388,8 @@ class EDM2UNet(nn.Module):
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         self.enc[f'{img_resolution}x{img_resolution}_conv'] = MPConv(in_channels + 1, model_channels, 3)
-        num_blocks, dropout = per_level(num_blocks, len(widths), 'num_blocks'), per_level(dropout, len(widths), 'dropout')
+        num_blocks = per_level(num_blocks, len(widths), 'num_blocks')
+        dropout = per_level(dropout, len(widths), 'dropout')
         for part, level, name, kind, cin, cout in u_shape(img_resolution, widths, model_channels, num_blocks):
             res = img_resolution >> level
             attention = kind == 'in0' or res in attn_resolutions and 'block' in kind
@@ -417,13 +418,15 @@ class EDM2UNet(nn.Module):
 
 
 def make_network(args, **changes):
-    """The network of random weights that the flags --arch, --width, ... in `args` describe; `changes` to its arguments."""
+    """The network of random weights that the flags in `args` describe (--arch, --width, ...), but for `changes`."""
     import common           # here and not above, so that the networks can be copied without it
     config = dict(img_resolution=args.resolution, in_channels=args.in_channels, out_channels=args.in_channels,
                   label_dim=args.label_dim, model_channels=args.width, channel_mult=args.mults, num_blocks=args.blocks,
                   attn_resolutions=args.attn_resolutions, dropout=args.dropout)
     try:
-        return EDM2UNet(**config | dict(dropout_res=args.dropout_res) | changes) if args.arch == 'edm2' else SongUNet(**config | changes)
+        if args.arch == 'edm2':
+            return EDM2UNet(**config | dict(dropout_res=args.dropout_res) | changes)
+        return SongUNet(**config | changes)
     except ValueError as error:                                 # widths and resolutions that do not go together
         raise common.UserError(f'--arch {args.arch}: {error}')
 
@@ -448,12 +451,12 @@ def initial_network(args):
 def load_pretrained(path_or_url, cache='data'):
     """Weights of a published network. -> (state_dict: dict name -> float32 tensor, about: dict of plain values)
 
-    Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project, and state dicts of torch.save. Runs
-    nothing in them; gives the moving average (`ema`) where there is one. http(s):// and file:// addresses go through the
-    folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says of itself: its `format`,
-    arguments of the network, sigma_data. Raises common.UserError for what cannot be had, read or trusted.
+    Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project, and state dicts of torch.save.
+    Runs nothing in them; gives the moving average (`ema`) where there is one. http(s):// and file:// addresses go
+    through the folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says of itself: its
+    `format`, arguments of the network, sigma_data. Raises common.UserError for what cannot be had, read or trusted.
     """
-    import common           # here and not above, so that the networks can be copied without it
+    import common
     path = Path(path_or_url)
     if str(path_or_url).startswith(('https://', 'http://', 'file://')):
         url, _, digest = str(path_or_url).partition('#sha256=')
@@ -462,11 +465,14 @@ def load_pretrained(path_or_url, cache='data'):
         try:
             common.download(url, path, 'sha256', digest.lower() or None)
         except common.UserError as error:
-            raise common.UserError(f'{error}; --init PATH takes a file that you have, --pretrain-steps N trains the start first')
+            raise common.UserError(f'{error}; --init PATH takes a file that you have, '
+                                   f'--pretrain-steps N trains the start first')
     try:
         return read_checkpoint(path.read_bytes())
     except OSError as error:
         raise common.UserError(f'{path} cannot be read: {error.strerror or error}')
+    except EOFError:
+        raise common.UserError(f'{path} cannot be read as a checkpoint: it is cut short')
     except Exception as error:          # whatever Python says about a file that is damaged or not a checkpoint
         text = str(error).split('\n')[0][:200] or type(error).__name__
         raise common.UserError(f'{path} cannot be read as a checkpoint: {text}')
@@ -492,51 +498,28 @@ def load_weights(net, state_dict, source):
             p.copy_(given[name])
 
 
-# 4. Reading files without running them
-#
-# A pickle is a program for a small stack machine, and two of its instructions call whatever the file names. What follows
-# is that machine without calls. It follows the instructions that build plain data; where a file would call something, the
-# name must be one of `KNOWN`, and what the call stands for is put down as data in its place. Every other name, and whatever
-# does not add up, is a ValueError. Nothing is imported or called by the file's will, and what it can make this program
-# allocate is a small multiple of its own size.
-
-STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
-    Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
-    Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
-NUMBERS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
-KNOWN = STORAGES.keys() | set('''
-    collections.OrderedDict dnnlib.util.EasyDict builtins.set __builtin__.set
-    torch_utils.persistence._reconstruct_persistent_obj torch.nn.modules.container.ModuleDict
-    torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter torch.storage._load_from_bytes
-    numpy.dtype numpy.core.multiarray.scalar numpy._core.multiarray.scalar _codecs.encode
-    builtins.getattr __builtin__.getattr'''.split())         # the last: a bound method in ECT's loss; stays a StoredCall
-OLD_FORMAT = 0x1950a86a20f9469cfc6c                           # the number that torch.save's old format begins with
-
-
 def read_checkpoint(data):
-    """A checkpoint's bytes -> (state_dict: dict name -> float32 tensor, about: dict of plain values), or ValueError.
-
-    Of a dict with `ema`, that; else the network or state dict that the file is. `about` has `format` and what else is
-    said there in plain values: a network's class, arguments and attributes, or a checkpoint's step and settings.
-    """
-    reader = Reader(data)
-    top = reader.read()
-    ema = top['ema'] if type(top) is dict and 'ema' in top else top
+    """The bytes of a checkpoint -> (state_dict, about), as `load_pretrained` gives them."""
+    top = read_file(data, left=4 * len(data))
+    ema = top['ema'] if type(top) is StoredDict and 'ema' in top else top
     if type(ema) is StoredModule:
-        tensors, about = reader.state_dict(ema), {'class_name': ema.class_name}
-        about |= plain(ema.state.get('_init_kwargs', {})) | plain(ema.state) | {'format': 'module'}
-    elif type(ema) is dict and ema:
-        tensors = {str(name): reader.tensor(value) for name, value in ema.items()}
+        stored, kind = dict(named_tensors(ema, '', set())), 'module'
+        about = plain({'class_name': ema.class_name}) | plain(ema.state.get('_init_kwargs', {})) | plain(ema.state)
+    elif type(ema) is StoredDict and ema:
+        stored, kind = ema, 'state_dict' if ema is top else 'checkpoint'
         about = {} if ema is top else plain(top) | plain(top.get('config', {}))
-        about['format'] = 'state_dict' if ema is top else 'checkpoint'
     else:
         raise ValueError('it holds neither a network nor a state dict')
 
-    # EDM and EDM2 save the network within its preconditioner.
-    for prefix, wrapper in ('model.', 'edm'), ('unet.', 'edm2'):
+    views = {str(name): view(value) for name, value in stored.items()}
+    if sum(value.numel() for value in views.values()) > 4 * len(data):      # many views may show the same numbers
+        raise ValueError('it unpacks to far more than its size')
+    tensors = {name: value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+               for name, value in views.items()}
+    for prefix, wrapper in ('model.', 'edm'), ('unet.', 'edm2'):            # the network is part of its preconditioner
         if any(name.startswith(prefix) for name in tensors):
-            tensors, about['format'] = {name.removeprefix(prefix): p for name, p in tensors.items()}, wrapper
-    return tensors, about
+            tensors, kind = {name.removeprefix(prefix): p for name, p in tensors.items()}, wrapper
+    return tensors, about | {'format': kind}
 
 
 def plain(values):
@@ -546,227 +529,177 @@ def plain(values):
             and (simple(value) or type(value) in (list, tuple) and all(map(simple, value)))}
 
 
-class StoredName(NamedTuple):
-    """A global that the file names, one of KNOWN."""
-    name: str
+def named_tensors(module, prefix, seen):
+    """The tensors of a StoredModule and of its parts, under the names that torch's own state_dict gives them."""
+    if id(module) in seen:
+        raise ValueError(f'{prefix} is part of the network twice')
+    seen.add(id(module))
+    for group in '_parameters', '_buffers', '_modules':
+        for key, value in module.state.get(group, {}).items():
+            name = prefix + key
+            if len(name) > 1000:                                # a long name for each of many nested parts adds up
+                raise ValueError('a name in it is too long')
+            if type(value) is StoredModule:
+                yield from named_tensors(value, f'{name}.', seen)
+            elif value is not None and key not in module.state.get('_non_persistent_buffers_set', ()):
+                yield name, value
 
 
-class StoredCall(NamedTuple):
-    """A call that means nothing here and was not made."""
-    name: str
+def view(stored):
+    """StoredTensor -> torch.Tensor that shows it. It may not reach beyond its storage, nor repeat it."""
+    if type(stored) is not StoredTensor or type(stored.storage) is not StoredNumbers:
+        raise ValueError('there is something among its weights that is no tensor')
+    storage, offset, size, stride = stored
+    if not (type(size) is type(stride) is tuple and len(size) == len(stride) <= 16
+            and all(type(n) is int and 0 <= n <= storage.numel for n in (offset, *size, *stride))):
+        raise ValueError('a tensor in it has an impossible shape')
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if math.prod(size) > storage.numel or math.prod(size) and last >= storage.numel:
+        raise ValueError('a tensor in it reaches beyond its storage')
+    return storage.flat.as_strided(size, stride, offset)
 
 
-class StoredModule(NamedTuple):
-    """A network or part of one. `state` is its __dict__: _parameters, _buffers, _modules and its plain attributes."""
-    class_name: str
-    state: dict
+# 4. Reading files without running them
+#
+# A pickle is a program for a small stack machine, and two of its instructions call whatever the file names. `Unpickler`
+# is Python's own machine, left with the instructions that checkpoints need and with functions of this file in place of
+# the few names that they need. Every other name, and whatever does not add up, is an error. Nothing is imported or
+# called by the file's will, and what it can make this program allocate is a small multiple of its own size.
+
+STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
+    Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
+    Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
+NUMBERS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
+INSTRUCTIONS = '''
+    PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS SETITEM SETITEMS
+    '''.split()
+
+StoredModule = namedtuple('StoredModule', 'class_name state')               # a network or part of one, its __dict__
+StoredTensor = namedtuple('StoredTensor', 'storage offset size stride')     # a part of StoredNumbers
 
 
 class StoredNumbers:
-    """Numbers in a row. Their bytes are `data` (old format) or the zip's `entry`; a tensor, `flat`, once wanted."""
+    """A storage. `read()` gives its bytes, and is called when a tensor in it is wanted: an optimizer's never are."""
 
     def __init__(self, dtype, numel):
-        self.dtype, self.numel, self.data, self.entry, self.flat = dtype, numel, None, None, None
+        self.dtype, self.numel, self.read = dtype, numel, bytes
+
+    @cached_property
+    def flat(self):
+        """Tensor (numel,)."""
+        data, self.read = self.read(), None
+        if len(data) != self.numel * self.dtype.itemsize:
+            raise ValueError('it is cut short: numbers of a tensor are missing')
+        return torch.frombuffer(bytearray(data), dtype=self.dtype) if data else torch.empty(0)
 
 
-class StoredTensor(NamedTuple):
-    """A view of a storage, known to lie within it."""
-    storage: StoredNumbers
-    offset: int
-    size: tuple
-    stride: tuple
+class StoredDict(dict):
+    """A dict whose keys are text or whole numbers: tuples of tuples could take forever to hash."""
+
+    def __setitem__(self, key, value):
+        if type(key) not in (str, int):
+            raise ValueError('a dict in it has keys that are neither text nor numbers')
+        super().__setitem__(key, value)
 
 
-class Reader:
-    """One file, given as bytes."""
+class Instructions(dict):
+    """Code of a pickle instruction -> the method that follows it."""
 
-    def __init__(self, data):
-        self.data, self.archive = data, None
-        self.left = 4 * len(data)           # bytes and numbers that may yet be taken out of it
+    def __missing__(self, code):
+        name = getattr(pickletools.code2op.get(chr(code)), 'name', code)
+        raise ValueError(f'it uses the pickle instruction {name}, which no checkpoint needs')
 
-    def spend(self, amount):
-        """No honest file needs its bytes read and its numbers copied four times over."""
-        self.left -= amount
-        if self.left < 0:
-            raise ValueError('it unpacks to far more than its size')
 
-    def read(self):
-        """-> what the file holds: dicts, lists, tuples, numbers, text, bytes, StoredModule, StoredTensor, StoredCall."""
-        if not self.data.startswith(b'PK'):
-            return self.stream(self.data)
-        self.archive = zipfile.ZipFile(io.BytesIO(self.data))
-        self.spend(sum(entry.file_size for entry in self.archive.infolist()))
-        main = next((name for name in self.archive.namelist() if name.endswith('/data.pkl')), 'data.pkl')
-        storages = {}
-        value = self.machine(io.BytesIO(self.archive.read(main)), storages)
-        for key, storage in storages.items():               # read when a tensor is wanted: an optimizer's never are
-            storage.entry = f'{main.removesuffix(".pkl")}/{key}'
-        return value
+class Unpickler(pickle._Unpickler):     # pickle.Unpickler is in C, where one damaged memo index allocates gigabytes
+    """Reads one pickle, protocols 2 to 5. The storages that it refers to are collected in the dict `storages`."""
 
-    def state_dict(self, module, prefix='', seen=None):
-        """Tensors of a module and of what is in it, under the names that torch's own state_dict would give them."""
-        seen, tensors, state = set() if seen is None else seen, {}, module.state
-        if id(module) in seen:
-            raise ValueError(f'{prefix or module.class_name} is part of the network twice')
-        seen.add(id(module))
-        for name, value in [*state.get('_parameters', {}).items(), *state.get('_buffers', {}).items()]:
-            if value is not None and name not in state.get('_non_persistent_buffers_set', ()):
-                tensors[prefix + name] = self.tensor(value)
-        for name, part in state.get('_modules', {}).items():
-            if type(part) is StoredModule:                        # None: a part that this network does without
-                tensors |= self.state_dict(part, f'{prefix}{name}.', seen)
-        return tensors
+    def __init__(self, file, storages, left):
+        super().__init__(file)
+        self.storages, self.left = storages, left       # left: how many bytes the calls in it may still take
 
-    def tensor(self, tensor):
-        """StoredTensor -> torch.Tensor, float32, with memory of its own."""
-        if type(tensor) is not StoredTensor:
-            raise ValueError('there is something among its weights that is no tensor')
-        storage = tensor.storage
-        if storage.flat is None:
-            data = self.archive.read(storage.entry) if storage.entry else storage.data
-            if data is None or len(data) != storage.numel * storage.dtype.itemsize:
-                raise ValueError('it is cut short: numbers of a tensor are missing')
-            storage.flat = torch.frombuffer(bytearray(data), dtype=storage.dtype) if data else torch.empty(0)
-            storage.data = None
-        self.spend(math.prod(tensor.size))
-        view = storage.flat.as_strided(tensor.size, tensor.stride, tensor.offset)
-        return view.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-    # What stands behind the names
-
-    def name(self, module, name):
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError('a name in it is not text')
-        name = f'{module}.{name}'
+    def find_class(self, module, name):
+        name = f'{module}.{name}'.replace('__builtin__', 'builtins').replace('numpy._core', 'numpy.core')
         if name not in KNOWN:
             raise ValueError(f'it asks for {name[:100]}, which has no place in a checkpoint; nothing of it was run')
-        return StoredName(name)
+        return KNOWN[name]
 
-    def call(self, function, args):
-        """What the call of a name stands for."""
-        if type(function) is not StoredName or type(args) is not tuple:
-            raise ValueError('it calls something that is not a name')
-        match function.name.rsplit('.', 1)[1], args:
-            case ('OrderedDict' | 'EasyDict'), ():
-                return {}
-            case 'ModuleDict', ():
-                return StoredModule('ModuleDict', {})
-            case '_reconstruct_persistent_obj', ({'class_name': str(class_name), 'state': dict(state)},):
-                return StoredModule(class_name, state)            # module_src, the text of the class, stays unread
-            case '_rebuild_parameter', (data, *_):
-                return data
-            case '_rebuild_tensor_v2', (storage, offset, size, stride, *_):
-                return self.view(storage, offset, size, stride)
-            case '_load_from_bytes', (bytes(data),):
-                return self.stream(data)
-            case 'set', (list(items),):
-                return items
-            case 'encode', (str(text), 'latin1'):           # how protocol 2 writes bytes
-                self.spend(len(text))
-                return text.encode('latin1')
-            case 'dtype', (str(code), *_):
-                if code not in NUMBERS:
-                    raise ValueError(f'it has a numpy.dtype {code[:20]}, which is no number')
-                return NUMBERS[code]
-            case 'scalar', (str(code), bytes(data)) if code in NUMBERS.values():
-                return struct.unpack(f'<{code}', data)[0]
-            case 'getattr', _:
-                return StoredCall(function.name)
-        raise ValueError(f'it calls {function.name} in a way that no checkpoint does')
-
-    def view(self, storage, offset, size, stride):
-        """A StoredTensor that cannot reach beyond its storage nor repeat what is in it."""
-        if not (isinstance(storage, StoredNumbers) and type(size) is type(stride) is tuple and len(size) == len(stride) <= 16
-                and all(type(n) is int and 0 <= n <= storage.numel for n in (offset, *size, *stride))):
-            raise ValueError('a tensor in it has an impossible shape')
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        if math.prod(size) > storage.numel or math.prod(size) and last >= storage.numel:
-            raise ValueError('a tensor in it reaches beyond its storage')
-        return StoredTensor(storage, offset, size, stride)
-
-    def persistent(self, pid, storages):
-        """('storage', type, key, device, numel, ...) -> StoredNumbers; ('module', class, ...) -> class, in the old format."""
+    def persistent_load(self, pid):
         match pid:
-            case 'storage', StoredName(kind), str(key), str(), int(numel), *rest if kind in STORAGES and rest in ([], [None]):
-                storage = storages.setdefault(key, StoredNumbers(STORAGES[kind], numel))
-                if (storage.dtype, storage.numel) == (STORAGES[kind], numel):
+            case 'storage', torch.dtype() as dtype, str(key), _, int(numel), *rest if not any(rest):
+                storage = self.storages.setdefault(key, StoredNumbers(dtype, numel))
+                if (storage.dtype, storage.numel) == (dtype, numel):
                     return storage
-            case 'module', StoredName() as name, *_:
-                return name
+            case 'module', known, *_:                   # a class, in torch.save's old format
+                return known
         raise ValueError('it refers to numbers in a way that no checkpoint does')
 
-    # Formats
+    def load_reduce(self):
+        args, function = self.stack.pop(), self.stack.pop()
+        if not callable(function) or type(args) is not tuple:           # only what KNOWN has can be called
+            raise ValueError('it calls something that is not a name')
+        self.left -= sum(len(arg) for arg in args if type(arg) in (str, bytes))
+        if self.left < 0:
+            raise ValueError('it unpacks to far more than its size')
+        self.append(function(*args))
 
-    def stream(self, data):
-        """A pickle; or torch.save's old format: pickles of a number, version, system, data and keys, then storages."""
-        self.spend(len(data))
-        file, storages = io.BytesIO(data), {}
-        value = self.machine(file, storages)
-        if type(value) is not int or value != OLD_FORMAT:
-            return value
-        _, _, value, keys = [self.machine(file, storages) for _ in range(4)]
-        for key in keys:
-            storage = storages[key]
-            if int.from_bytes(file.read(8), 'little') != storage.numel:
-                raise ValueError('it is cut short or damaged: a storage has another length than announced')
-            storage.data = file.read(min(storage.numel * storage.dtype.itemsize, len(data)))
+    def load_build(self):
+        state = self.stack.pop()
+        if type(self.stack[-1]) is StoredModule and type(state) is StoredDict:      # nothing else has attributes here
+            self.stack[-1].state.update(state)
+
+    dispatch = Instructions({code: pickle._Unpickler.dispatch[code]
+                             for code in [getattr(pickle, name)[0] for name in INSTRUCTIONS]})
+    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build,
+                 pickle.EMPTY_DICT[0]: lambda self: self.append(StoredDict()),
+                 pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,            # sets become lists,
+                 pickle.ADDITEMS[0]: pickle._Unpickler.load_appends}                # so that nothing in them is hashed
+
+
+def numpy_dtype(code, *_):
+    if type(code) is not str or code not in NUMBERS:
+        raise ValueError(f'it has a numpy.dtype {code[:20] if type(code) is str else ""}, which is no number')
+    return code
+
+
+KNOWN = STORAGES | {
+    '_codecs.encode': lambda text, _: text.encode('latin1'),                # how protocol 2 writes bytes
+    'builtins.getattr': lambda *_: None,                                    # a bound method in ECT's loss
+    'builtins.set': lambda items: items,
+    'collections.OrderedDict': lambda: StoredDict(),
+    'dnnlib.util.EasyDict': lambda: StoredDict(),
+    'numpy.dtype': numpy_dtype,
+    'numpy.core.multiarray.scalar': lambda code, data: struct.unpack('<' + NUMBERS[numpy_dtype(code)], data)[0],
+    'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
+    'torch._utils._rebuild_tensor_v2': lambda *args: StoredTensor(*args[:4]),
+    'torch.nn.modules.container.ModuleDict': lambda: StoredModule('ModuleDict', StoredDict()),
+    'torch.storage._load_from_bytes': lambda data: read_file(data, left=0),
+    'torch_utils.persistence._reconstruct_persistent_obj':                  # the program in its module_src stays unread
+        lambda meta: StoredModule(meta['class_name'], meta['state'])}
+
+
+def read_file(data, left):
+    """A pickle, or a file of torch.save -> dicts, lists, tuples, numbers, text, bytes, StoredModule, StoredTensor."""
+    file, storages = io.BytesIO(data), {}
+    if data.startswith(b'PK'):
+        archive = zipfile.ZipFile(file)
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
+            raise ValueError('it is compressed, as no checkpoint is, and may unpack to far more than its size')
+        main = next((name for name in archive.namelist() if name.endswith('/data.pkl')), 'data.pkl')
+        value = Unpickler(io.BytesIO(archive.read(main)), storages, left).load()
+        for key, storage in storages.items():
+            storage.read = partial(archive.read, f'{main.removesuffix(".pkl")}/{key}')
         return value
 
-    def machine(self, file, storages):
-        """Follows one pickle, protocols 2 to 5, from a stream. Sets become lists, so that only keys are ever hashed."""
-        stack, marks, memo = [], [], {}
-
-        def pop(n):
-            """The n topmost items; n = None: those above the last mark."""
-            items = stack[marks.pop() if n is None else len(stack) - n:]
-            del stack[len(stack) - len(items):]
-            return items
-
-        def fill(items):
-            if type(stack[-1]) is not dict or not all(type(key) in (str, int) for key in items[::2]):
-                raise ValueError('a dict in it has keys that are neither text nor numbers')
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
-
-        for op, arg, _ in pickletools.genops(file):
-            match op.name:
-                case 'PROTO' | 'FRAME':
-                    pass
-                case 'STOP':
-                    return stack.pop()
-                case 'MARK':
-                    marks.append(len(stack))
-                case 'POP' | 'POP_MARK':                    # what turned out to contain itself, like ECT's loss
-                    pop(1 if op.name == 'POP' else None)
-                case 'MEMOIZE':
-                    memo[len(memo)] = stack[-1]
-                case 'BINPUT' | 'LONG_BINPUT':
-                    memo[arg] = stack[-1]
-                case 'BINGET' | 'LONG_BINGET':
-                    stack.append(memo[arg])
-                case 'NONE' | 'NEWTRUE' | 'NEWFALSE':
-                    stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[op.name])
-                case 'EMPTY_TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3' | 'TUPLE':
-                    stack.append(tuple(pop(dict(EMPTY_TUPLE=0, TUPLE1=1, TUPLE2=2, TUPLE3=3).get(op.name))))
-                case 'EMPTY_LIST' | 'EMPTY_SET':
-                    stack.append([])
-                case 'APPEND' | 'APPENDS' | 'ADDITEMS':
-                    items = pop(1 if op.name == 'APPEND' else None)
-                    stack[-1].extend(items)
-                case 'EMPTY_DICT':
-                    stack.append({})
-                case 'SETITEM' | 'SETITEMS':
-                    fill(pop(2 if op.name == 'SETITEM' else None))
-                case 'GLOBAL' | 'STACK_GLOBAL':
-                    stack.append(self.name(*(arg.split(' ', 1) if arg else pop(2))))
-                case 'REDUCE' | 'NEWOBJ':
-                    stack.append(self.call(*pop(2)))
-                case 'BUILD':                               # sets attributes; only modules have any here
-                    state, = pop(1)
-                    if type(stack[-1]) is StoredModule and type(state) is dict:
-                        stack[-1].state.update(state)
-                case 'BINPERSID':
-                    stack.append(self.persistent(*pop(1), storages))
-                case literal if literal.startswith(('BIN', 'SHORT_BIN', 'LONG')):
-                    stack.append(arg)
-                case other:
-                    raise ValueError(f'it uses the pickle instruction {other}, which no checkpoint needs')
+    value = Unpickler(file, storages, left).load()
+    if value == torch.serialization.MAGIC_NUMBER:               # the old format: version, system, value, keys, storages
+        _, _, value, keys = [Unpickler(file, storages, left).load() for _ in range(4)]
+        if keys != sorted(storages):
+            raise ValueError('it is damaged: its list of storages is not that of its tensors')
+        for key in sorted(storages):
+            if int.from_bytes(file.read(8), 'little') != storages[key].numel:
+                raise ValueError('it is cut short or damaged: a storage has another length than announced')
+            storages[key].read = partial(bytes, file.read(storages[key].numel * storages[key].dtype.itemsize))
+    return value

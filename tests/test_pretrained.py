@@ -1,7 +1,7 @@
 """unet.load_pretrained: files in the published forms, hostile files, damaged files.
 
-The published files are imitated, not copied: stand-ins for the two modules that their pickles name exist only while a file
-is being written, so that reading it proves that neither is needed.
+The published files are imitated, not copied: stand-ins for the two modules that their pickles name exist only while a
+file is being written, so that reading it proves that neither is needed.
 """
 import codecs
 import contextlib
@@ -28,10 +28,10 @@ from common import UserError
 from conftest import named_weights
 from unet import EDM2UNet, MPConv, MPFourier, SongUNet, load_pretrained, load_weights
 
-SONG = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=2, augment_dim=9, model_channels=8, channel_mult=[1, 2],
-            num_blocks=1, attn_resolutions=[4])
-EDM2 = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=2, model_channels=8, channel_mult=[1, 2], num_blocks=1,
-            attn_resolutions=[4], channels_per_head=8)
+SONG = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=2, augment_dim=9, model_channels=8,
+            channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
+EDM2 = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=2, model_channels=8, channel_mult=[1, 2],
+            num_blocks=1, attn_resolutions=[4], channels_per_head=8)
 WRITERS = {
     'pickle': lambda obj, file: pickle.dump(obj, file),
     'pickle protocol 2': lambda obj, file: pickle.dump(obj, file, protocol=2),
@@ -60,8 +60,8 @@ def publisher():
         if type(module) is nn.ModuleDict:
             return copyreg.__newobj__, (nn.ModuleDict,), module.__dict__
         return _reconstruct_persistent_obj, (EasyDict(
-            type='class', version=6, module_src='raise SystemExit("module_src was run")', class_name=type(module).__name__,
-            state=module.__dict__),)
+            type='class', version=6, module_src='raise SystemExit("module_src was run")',
+            class_name=type(module).__name__, state=module.__dict__),)
 
     nn.Module.__reduce__ = reduce
     sys.modules.update(stand_ins)
@@ -104,11 +104,13 @@ def write(path, form, writer='pickle', half=False):
     net = net.half() if half else net
     with publisher() as EasyDict, open(path, 'wb') as file:
         if form == 'edm':
-            top = dict(ema=EDMPrecond(net, **SONG), loss_fn=nn.Identity(), augment_pipe=None, dataset_kwargs=EasyDict(path='x'))
+            top = dict(ema=EDMPrecond(net, **SONG), loss_fn=nn.Identity(), augment_pipe=None,
+                       dataset_kwargs=EasyDict(path='x'))
         elif form == 'edm2':
             top = EasyDict(encoder=nn.Identity(), dataset_kwargs=EasyDict(), loss_fn=None, ema=Precond(net, **EDM2))
         elif form == 'ect':
-            top = dict(loss_fn=Loss(), augment_pipe=None, dataset_kwargs=EasyDict(max_size=np.int64(50000)), ema=EDMPrecond(net))
+            top = dict(loss_fn=Loss(), augment_pipe=None, dataset_kwargs=EasyDict(max_size=np.int64(50000)),
+                       ema=EDMPrecond(net))
         WRITERS[writer](top, file)
     assert not {'torch_utils', 'torch_utils.persistence', 'dnnlib', 'dnnlib.util'} & sys.modules.keys()
     return net
@@ -138,7 +140,7 @@ def test_published_forms(form, writer, half, tmp_path):
         assert about.items() >= dict(SONG, class_name='EDMPrecond', sigma_min=0.002, use_fp16=False).items()
     assert ('logvar_linear.weight' in tensors) == (form == 'edm2')
 
-    fresh = EDM2UNet(**EDM2) if form == 'edm2' else SongUNet(**SONG | dict(augment_dim=0))      # without map_augment, logvar_*
+    fresh = EDM2UNet(**EDM2) if form == 'edm2' else SongUNet(**SONG | dict(augment_dim=0))  # no map_augment, logvar_*
     load_weights(fresh, tensors, 'x.pkl')
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([-1.0, 1.0]), torch.eye(2)
     torch.testing.assert_close(fresh.eval()(x, t, y), net.float().eval()(x, t, y))
@@ -164,7 +166,8 @@ def test_own_checkpoints_and_bare_state_dicts(writer, tmp_path):
     optimizer.step()
     checkpoint = dict(step=7, net=other.state_dict(), ema=net.state_dict(), optimizer=optimizer.state_dict(),
                       config=dict(script='sct', mults=[1, 2], lr=1e-4, cond=True, labels=None))
-    for name, obj in [('checkpoint.pt', checkpoint), ('final.pt', net.state_dict()), ('wrapped.pt', {f'model.{k}': p for k, p in net.state_dict().items()})]:
+    wrapped = {f'model.{key}': p for key, p in net.state_dict().items()}
+    for name, obj in [('checkpoint.pt', checkpoint), ('final.pt', net.state_dict()), ('wrapped.pt', wrapped)]:
         with open(tmp_path / name, 'wb') as file:
             WRITERS[writer](obj, file)
     tensors, about = load_pretrained(tmp_path / 'checkpoint.pt')
@@ -219,7 +222,8 @@ def test_addresses_are_fetched_once_and_checked(tmp_path):
     assert list(load_pretrained(other.as_uri(), cache)[0]) == ['w']         # same name, another address
 
 
-@pytest.mark.parametrize('url', ['http://127.0.0.1:9/x.pkl', 'file:///nowhere/x.pkl', 'http://127.0.0.1:port/x', 'https://'])
+@pytest.mark.parametrize('url', ['http://127.0.0.1:9/x.pkl', 'file:///nowhere/x.pkl', 'http://127.0.0.1:port/x',
+                                 'https://'])
 def test_addresses_that_give_nothing(url, tmp_path):
     with pytest.raises(UserError, match='could not be downloaded'):
         load_pretrained(url, tmp_path / 'cache')
@@ -240,7 +244,7 @@ class Calls:
 
 def refused(path, *words):
     """The file is refused in one line that contains the words."""
-    modules = lambda: {name for name in sys.modules if not name.startswith('encodings.')}      # Python's own text codecs
+    modules = lambda: {name for name in sys.modules if not name.startswith('encodings.')}  # Python's text codecs
     before = modules()
     with pytest.raises(UserError) as error:
         load_pretrained(path)
@@ -284,15 +288,17 @@ def test_calls_are_refused_by_name_and_not_made(writer, place, tmp_path):
     (b'(cos\nsystem\nX\x04\x00\x00\x00trueo.', 'os.system'),
     (b'\x80\x04\x8c\x02os\x8c\x06system\x93.', 'os.system'),
     (b'\x80\x04\x8c\x0btorch.utils\x8c\x0f_pytree.\nsystem\x93.', 'torch.utils'),
-    (b'\x80\x04]]\x93.', 'not text'),
+    (b'\x80\x04]]\x93.', 'requires str'),
     (b'\x80\x02X\x09\x00\x00\x00os.systemX\x04\x00\x00\x00true\x85R.', 'not a name'),           # text is not a name
-    (b'\x80\x02c__builtin__\ngetattr\nX\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R)R.', 'not a name'),   # nor is what getattr gives
-    (b'\x80\x02ctorch\nFloatStorage\n)R.', 'torch.FloatStorage'),
+    # Nor is what getattr gives.
+    (b'\x80\x02c__builtin__\ngetattr\nX\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R)R.', 'not a name'),
+    (b'\x80\x02ctorch\nFloatStorage\n)R.', 'not a name'),
     (b'\x80\x02\x82\x01.', 'EXT1'), (b'P0\n.', 'PERSID'), (b'\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x0f', ''),
     (b'\x80\x02}r\xff\xff\xff\xff.', ''), (b'\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.', ''),
     (b'\x80\x02' + b'('* 100 + b't' * 99 + b'.', ''), (b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.', ''),
     (b'\x8a' * 3, ''), (b'L' + b'9' * 100_000 + b'L\n.', ''), (b'\x80\x04N.', 'neither'), (b'\x80\x04}.', 'neither'),
-    (b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f', ''), (b'', ''), (b'PK', ''), (b'PK\x03\x04' + bytes(100), ''), (b'.', ''),
+    (b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f', ''), (b'', ''), (b'PK', ''), (b'PK\x03\x04' + bytes(100), ''),
+    (b'.', ''),
 ])
 def test_raw_programs(program, word, tmp_path):
     (tmp_path / 'x.pkl').write_bytes(program)
@@ -301,7 +307,8 @@ def test_raw_programs(program, word, tmp_path):
 
 def test_object_dtypes_are_refused(tmp_path):
     path = tmp_path / 'x.pkl'
-    for obj, word in [(np.dtype(object), 'numpy.dtype O8'), (np.dtype('M8[s]'), 'numpy.dtype M8'), (np.dtype('V4'), 'numpy.dtype V4'),
+    for obj, word in [(np.dtype(object), 'numpy.dtype O8'), (np.dtype('M8[s]'), 'numpy.dtype M8'),
+                      (np.dtype('V4'), 'numpy.dtype V4'),
                       (np.array([1, 'x'], dtype=object), 'multiarray._reconstruct'),
                       (Calls(np.float64(1).__reduce__()[0], np.dtype('f8'), b'short'), 'buffer')]:
         path.write_bytes(pickle.dumps(dict(ema={}, n=obj)))
@@ -309,20 +316,23 @@ def test_object_dtypes_are_refused(tmp_path):
 
 
 def build(path, writer, *args):
-    """A state dict of one tensor that _rebuild_tensor_v2 would make with these arguments of a storage of six numbers."""
+    """A state dict of one tensor that _rebuild_tensor_v2 would make with these arguments of six numbers."""
     with open(path, 'wb') as file:
-        WRITERS[writer]({'w': Calls(torch._utils._rebuild_tensor_v2, torch.arange(6.0)._typed_storage(), *args, False, {})}, file)
+        numbers = torch.arange(6.0)._typed_storage()
+        WRITERS[writer]({'w': Calls(torch._utils._rebuild_tensor_v2, numbers, *args, False, {})}, file)
 
 
 @pytest.mark.parametrize('writer', WRITERS)
 def test_tensors_stay_within_their_storage(writer, tmp_path):
     path = tmp_path / 'x.pkl'
-    for args in [(0, (2, 3), (3, 1)), (5, (1,), (1,)), (0, (3, 2), (1, 3)), (0, (), ()), (6, (0,), (1,)), (0, (0, 3), (3, 1))]:
+    for args in [(0, (2, 3), (3, 1)), (5, (1,), (1,)), (0, (3, 2), (1, 3)), (0, (), ()), (6, (0,), (1,)),
+                 (0, (0, 3), (3, 1))]:
         build(path, writer, *args)
         assert torch.equal(load_pretrained(path)[0]['w'], torch.arange(6.0).as_strided(args[1], args[2], args[0]))
-    for args in [(0, (7,), (1,)), (1, (6,), (1,)), (6, (), ()), (0, (3, 2), (4, 1)), (0, (2,), (6,)), (-1, (2,), (1,)), (0, (2,), (-1,)),
-                 (0, (-2,), (1,)), (0, (10 ** 6, 10 ** 6), (0, 0)), (0, (6, 2), (1, 0)), (0, (2 ** 63,), (0,)), (0, (2, 3), (1,)),
-                 (0, [2, 3], [3, 1]), (0.0, (2,), (1,)), ('0', (2,), (1,)), (0, (1,) * 100, (1,) * 100), (0, (2 ** 62, 0), (1, 1)), (0, None, None)]:
+    for args in [(0, (7,), (1,)), (1, (6,), (1,)), (6, (), ()), (0, (3, 2), (4, 1)), (0, (2,), (6,)), (-1, (2,), (1,)),
+                 (0, (2,), (-1,)), (0, (-2,), (1,)), (0, (10 ** 6, 10 ** 6), (0, 0)), (0, (6, 2), (1, 0)),
+                 (0, (2 ** 63,), (0,)), (0, (2, 3), (1,)), (0, [2, 3], [3, 1]), (0.0, (2,), (1,)), ('0', (2,), (1,)),
+                 (0, (1,) * 100, (1,) * 100), (0, (2 ** 62, 0), (1, 1)), (0, None, None)]:
         build(path, writer, *args)
         refused(path, 'tensor in it')
 
@@ -347,6 +357,8 @@ def test_storages_that_are_not_what_they_say(tmp_path):
     refused(path, 'cut short')
     again(zipfile.ZIP_DEFLATED, bomb=bytes(10 ** 7))
     refused(path, 'more than its size')
+    again(zipfile.ZIP_DEFLATED)                         # what an entry unpacks to is known only once it is unpacked
+    refused(path, 'compressed')
     del parts[storage]
     again()
     refused(path, 'data/0')
@@ -379,6 +391,21 @@ def test_small_files_cannot_become_large_or_slow(tmp_path):
     pairs = b')' + b''.join(b'q%ch%c\x86' % (i, i) for i in range(60))           # a tuple whose hash takes 2^60 steps
     path.write_bytes(b'\x80\x02}' + pairs + b'K\x01s.')
     refused(path, 'keys')
+
+    path.write_bytes(b'\x80\x02cnumpy\ndtype\n' + pairs + b'\x85R.')
+    refused(path, 'numpy.dtype')
+    module = b'cdnnlib.util\nEasyDict\n)R(X\x0a\x00\x00\x00class_name]X\x05\x00\x00\x00state]u\x85R.'
+    path.write_bytes(b'\x80\x02ctorch_utils.persistence\n_reconstruct_persistent_obj\n' + module)
+    refused(path)                                       # neither a name nor a state
+    path.write_bytes(b'\x80\x02ctorch.nn.modules.container\nModuleDict\n)\x81](' + pairs + b'K\x01\x86eb.')
+    assert load_pretrained(path) == ({}, dict(class_name='ModuleDict', format='module'))       # the state is no dict
+
+    part = nn.ModuleDict()
+    for _ in range(50):
+        part = nn.ModuleDict({'x' * 10 ** 6: part})                             # 1 MB, names of 1 GB
+    with publisher(), open(path, 'wb') as file:
+        pickle.dump(dict(ema=part), file)
+    refused(path, 'too long')
 
     part = nn.ModuleDict()
     for _ in range(60):
@@ -421,10 +448,11 @@ import common, unet
 folder, seeds, events = common.Path(sys.argv[2]), sorted(common.Path(sys.argv[2]).glob('*.seed')), []
 for seed in seeds:
     unet.load_pretrained(seed)                                      # what is imported late is imported now,
-for codec in 'raw_unicode_escape', 'cp437':                         # as are the codecs of pickle's and zip's oldest texts
+for codec in 'raw_unicode_escape', 'cp437':                     # as are the codecs of pickle's and zip's oldest texts
     'x'.encode(codec)
 target = folder / 'mutant'
-watched = ('import', 'exec', 'compile', 'os.', 'subprocess.', 'pickle.', 'socket.', 'shutil.', 'ctypes.', 'code.', 'marshal.')
+watched = ('import', 'exec', 'compile', 'os.', 'subprocess.', 'pickle.', 'socket.', 'shutil.', 'ctypes.', 'code.',
+           'marshal.')
 def audit(event, args):
     if event == 'open' and str(args[0]) == str(target):
         return
@@ -433,8 +461,9 @@ def audit(event, args):
 memory = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (memory + 2 ** 29,) * 2)
 rng, results, slowest, begin = random.Random(0), {'loaded': 0, 'refused': 0}, 0, time.monotonic()
-words = [b'cposix\\nsystem\\n', b'c__builtin__\\neval\\n', b'R', b'b', b'\\x81', b'\\x93', b'.', b'(', b'\\xff\\xff\\xff\\xff', b'\\x96', b'r',
-         b'\\x8d', b'\\x8e', b'\\x8b', b'builtins', b'eval', b'Q', b'h\\x01', b'2', b'0', b'o', b'i', b'\\x92', b'\\x82\\x01', b'\\x85R']
+words = [b'cposix\\nsystem\\n', b'c__builtin__\\neval\\n', b'R', b'b', b'\\x81', b'\\x93', b'.', b'(',
+         b'\\xff\\xff\\xff\\xff', b'\\x96', b'r', b'\\x8d', b'\\x8e', b'\\x8b', b'builtins', b'eval', b'Q', b'h\\x01',
+         b'2', b'0', b'o', b'i', b'\\x92', b'\\x82\\x01', b'\\x85R']
 data = [seed.read_bytes() for seed in seeds]
 sys.addaudithook(audit)
 for attempt in range(1000):
@@ -472,11 +501,12 @@ print(json.dumps(dict(results, events=events[:5], slowest=slowest, taken=taken))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_a_thousand_mutations(tmp_path):
-    """In one process with half a GiB to spend: each is loaded or refused, and the interpreter's audit sees nothing happen."""
+    """In one process with half a GiB to spend: each is loaded or refused; the interpreter's audit sees nothing run."""
     for i, writer in enumerate(WRITERS):
         net = nn.ModuleDict({'a': nn.Linear(3, 2), 'b': nn.Linear(2, 2)})
         with publisher() as EasyDict, open(tmp_path / f'{i}.seed', 'wb') as file:
-            WRITERS[writer](dict(ema=EDMPrecond(net, width=3), loss_fn=Loss(), options=EasyDict(size=np.int64(5))), file)
+            top = dict(ema=EDMPrecond(net, width=3), loss_fn=Loss(), options=EasyDict(size=np.int64(5)))
+            WRITERS[writer](top, file)
     done = subprocess.run([sys.executable, '-c', MUTATE, str(Path(__file__).parent.parent), str(tmp_path)],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
