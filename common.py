@@ -102,12 +102,12 @@ def progress(items, what, total=None):
     for i, item in enumerate(items):
         yield item
         spent = time.monotonic() - begin
-        if spent - shown > pause:
-            left = spent / (i + 1) * (total - i - 1)
-            say(f'{what}: {i + 1:,} of {total:,}, {duration(left)} left', refresh=True)
+        if spent - shown > pause and (not total or i + 1 < total):              # total 0: not known
+            left = f' of {total:,}, {duration(spent / (i + 1) * (total - i - 1))} left' if total else ''
+            say(f'{what}: {i + 1:,}{left}', refresh=True)
             shown, pause = spent, 0.5 if sys.stdout.isatty() else 30.0
     if shown and _line_open:
-        say(f'{what}: {total:,} in {duration(time.monotonic() - begin)}')
+        say(f'{what}: {i + 1:,} in {duration(time.monotonic() - begin)}')
 
 
 def duration(seconds):
@@ -162,7 +162,7 @@ def add_common_flags(parser, script, names, add_flags):
     add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
     add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
     add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='falls with the inverse root of the step after N')
-    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights, per step')
+    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights')
     add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help='arithmetic of the network')
     add('--compile', action='store_true', help='torch.compile the network')
     add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
@@ -182,7 +182,7 @@ def add_common_flags(parser, script, names, add_flags):
     add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
     add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
     add('--n', type=number(int, 1, 10 ** 6), default=64, metavar='N', help='images that --sample writes')
-    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations a sample; not given: 1')
+    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations; 1, or one a phase')
     add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
     add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is of')
     add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
@@ -190,7 +190,7 @@ def add_common_flags(parser, script, names, add_flags):
     add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
 
 
-# Flags that may differ between a run and its resumption: they change where and how long it runs, not what it computes.
+# Flags that may differ between a run and its resumption: where and how long it runs, and how it is sampled and judged.
 FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every
     eval_every fid_num fid_ref fid_features inception dry_run debug sample evaluate analyse benchmark n nfe labels eta
     guide guidance keep_ema'''.split())
@@ -249,6 +249,8 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
         say(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True
+    if args.resume and args.steps != settings.get('steps', args.steps):
+        say(f'--steps {args.steps:,} instead of {settings["steps"]:,}: the schedule of levels stretches with it')
     if args.pretrain_steps > args.steps:
         raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
     return args
@@ -1278,7 +1280,7 @@ def save_curves(metrics, path):
     table = {}
     for line in read_metrics(metrics):
         for name, value in line.items():
-            if name != 'step' and isinstance(value, (int, float)):
+            if name not in ('step', 'best') and isinstance(value, (int, float)):
                 table.setdefault(name, []).append((line['step'], value))
     save_plot({name: {'': points} for name, points in table.items()}, path, 'step')
 

@@ -210,7 +210,7 @@ class Statistics:
         return mu.cpu().numpy(), cov.cpu().numpy(), self.n
 
 
-def frechet_distance(mu1, cov1, mu2, cov2):
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """|mu1 - mu2|² + Tr(C1 + C2 - 2 sqrt(C1 C2)). mu (D,), cov (D, D) -> float
 
     C1 C2 has the eigenvalues of sqrt(C1) C2 sqrt(C1), which is symmetric: no complex numbers, no failure where a

@@ -14,9 +14,9 @@ probability mu a sample's image is replaced by the end of the path that the mode
 
     x_hat = stopgrad f_EMA(x0 + r z, r),           x_t = x_hat + t z,   x_r = x_hat + r z
 
-and the loss is the same. Such pairs lie nearer to each other, and their direction is nearer to the ODE's (--analyse
-shows both). The other images keep training where no pair is generated. `--coupling ot` pairs images and noise within
-each batch at the least total distance instead (Pooladian et al. 2023, arXiv 2304.14772).
+and the loss is the same. By the paper such pairs lie nearer to each other, and their direction is nearer to the ODE's;
+--analyse measures both. The other images keep training where no pair is generated. `--coupling ot` pairs images and
+noise within each batch at the least total distance instead (Pooladian et al. 2023, arXiv 2304.14772).
 
     python gc_ct.py                                               # ten shapes, some five minutes on two CPU cores
     python gc_ct.py --dataset cifar10 --gpus 8                    # the paper's setting
@@ -28,18 +28,25 @@ each batch at the least total distance instead (Pooladian et al. 2023, arXiv 230
 Where the paper leaves a choice, and where we deviate from it or from the published code:
  1. `--mu` is the share of generated endpoints, as in the paper. The published code's mixing number counts the others.
  2. Endpoints are made for the samples that use them; the published code makes them for all and drops the rest.
- 3. `--coupling ot` assigns within the global minibatch, over all processes.
+ 3. `--coupling ot` assigns within the global minibatch, over all processes, and whatever the labels: with --cond the
+    noise of a class is then not quite N(0, I).
  4. The distance is iCT's pseudo-Huber of the vector, as in the published code (VCT's takes it per number).
- 5. With `--schedule ict` dropout is 0 with generated endpoints and 0.3 without; `--dropout` sets it.
- 6. With `--schedule ect` the optimiser is ECT's RAdam, and f(x, t) -> x at t = 0: a diffusion model is a valid start.
+ 5. Dropout is 0 with generated endpoints and 0.3 without, where a preset has none (CIFAR-10 with ect: 0.2, ECT's).
+ 6. With `--schedule ect` the optimiser is ECT's RAdam, the boundary m = 0 in training (a diffusion model is a valid
+    start), and the moving average GC's: every 5 steps, its decay rising with the step to `--ema`, which 0.9999 reaches
+    only after a million updates.
  7. `--cond` (labels for network and endpoints) is ours; the paper is unconditional.
  8. The regulariser's proxy in --analyse takes the ODE's exact direction over the training set, no estimate of it.
+ 9. `--pretrain-steps` trains the diffusion model that tuning starts from, with the mean over pixels for a loss.
+10. Sampling adds t z and not sqrt(t² - sigma_min²) z; the levels of more than two steps are spaced by rho 7.
+11. No augmentation of the data, not even flips.
 """
 import copy
 import functools
 import json
 import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -131,7 +138,7 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
 # 3. Model
 
 def f(net, x, t, y=None, m=0.0):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), equal to x at t = m.
+    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
@@ -192,7 +199,7 @@ def loss(net, x0, z, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0):
     r4, t4 = r[:, None, None, None], t[:, None, None, None]
     torch.manual_seed(mask)
     student = f(net, x0 + t4 * z, t, y, m)
-    with torch.no_grad():
+    with torch.no_grad():                                                       # stopgrad
         torch.manual_seed(mask)
         target = torch.where(r4 > 0, f(teacher or net, x0 + r4 * z, torch.where(r > 0, r, SIGMA_MIN), y, m), x0)
     return pseudo_huber(student - target, c) * (1 / (t - r))
@@ -215,7 +222,8 @@ def denoising_loss(net, x0, z, t, y=None, mask=0):
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model, n, nfe=1, labels=None, seed=0, first=0):
+def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | None = None, seed: int = 0,
+           first: int = 0) -> torch.Tensor:
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1).
@@ -223,12 +231,12 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     config, device, images = model.config, next(model.parameters()).device, []
     net = common.network(model, config['precision'], device)
     y = common.choose_labels(n, labels, config['label_dim'], first)
-    levels = rho_levels(nfe)[:0:-1]
+    levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
     if nfe == 2:
         levels[1] = config['t_mid']
     shape = (n, config['in_channels'], config['resolution'], config['resolution'])
     noise = [common.randn(shape, seed, i, 'sample') for i in range(nfe)]
-    for part in torch.arange(n).split(250):
+    for part in common.progress(torch.arange(n).split(250), 'samples, 250 at a time'):
         y_part = None if y is None else y[part].to(device)
         x0_hat = 0.0
         for level, z in zip(levels, noise):
@@ -238,7 +246,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
+def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Module:
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     return common.load_network(path, make_network, device)
 
@@ -273,7 +281,8 @@ def train(args):
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
     judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
-    net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
+    net = initial_network(args, tunes=args.schedule == 'ect')
+    net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     make_optimizer = lambda: (Lion if args.optimizer == 'Lion' else getattr(torch.optim, args.optimizer))(
@@ -287,7 +296,7 @@ def train(args):
     student, teacher = watch(wrapped, 'student'), watch(net, 'teacher')
     endpoint = watch(ema if args.endpoint == 'ema' else net, 'endpoint')
     mine = common.my_part(args.batch)
-    m = SIGMA_MIN if args.schedule == 'ict' else 0.0                            # f(x, m) = x
+    m = SIGMA_MIN if args.schedule == 'ict' else 0.0                            # boundary condition f(x, m) = x
     log, draw = common.Log(args, start, device), functools.partial(sample, ema, labels=args.labels)
 
     if args.benchmark:
@@ -353,10 +362,10 @@ def train(args):
             common.update_ema(ema, net, ema_decay(done, args.ema))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
-        if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
         if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
             common.save_final(args, ema, 'best')
+        if log.due(step + 1, args.sample_every) and common.rank() == 0:
+            common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
@@ -404,7 +413,7 @@ def analyse(args, model, device):
     data = common.load_data(args).to(device)
     net, labels = common.network(model, args.precision, device), data.labels_of(slice(None), device)
     batches = common.batch_indices(len(data.images), 512, 0, args.seed).split(64)
-    rows, order = {}, None
+    rows, m = {}, SIGMA_MIN if args.schedule == 'ict' else 0.0
     names = ['IC', 'OT', 'GC']
     try:
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))
@@ -417,7 +426,7 @@ def analyse(args, model, device):
             x0, y = data.at(index, device)
             z = common.randn(x0.shape, args.seed, j, 'analyse', device=device)
             order = optimal_transport(x0, z) if 'OT' in names else None
-            for name, values in diagnostics(net, x0, z, y, data.images, labels, sigma, order=order).items():
+            for name, values in diagnostics(net, x0, z, y, data.images, labels, sigma, m, order).items():
                 rows.setdefault((i, name), []).append(values)
     means = {place: torch.tensor(values).mean(0).tolist() for place, values in rows.items()}
     common.say('             transport cost, |x - z|²      regulariser, |z - v|²')
@@ -438,12 +447,12 @@ def add_flags(parser):
     add = parser.add_argument_group('method', 'python gc_ct.py --schedule ect --coupling gc --mu 0.3').add_argument
     add('--coupling', choices=['ic', 'ot', 'gc'], help='of image and noise: independent, transport, generator-induced')
     add('--mu', type=number(float, 0, 1), metavar='P', help='share of generated endpoints')
-    add('--endpoint', choices=['ema', 'online'], help='the network that generates them')
+    add('--endpoint', choices=['ema', 'online'], help='the network that generates them; online: with dropout')
     add('--schedule', choices=['ict', 'ect'], help='from scratch on ever more levels, or tuning with ever smaller gaps')
     add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
     add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
     add('--q', type=number(float, 1.001), metavar='X', help='ect: what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='ect: how often, over the run')
+    add('--stages', type=number(int, 1, 64), metavar='N', help='ect: stages of the shrinking, over the run')
     add('--ema-every', type=number(int, 1), metavar='N', help='steps between updates of the moving average')
     add('--analyse', metavar='CKPT', help='print and draw transport cost and regulariser by coupling and noise level')
 

@@ -25,14 +25,18 @@ which land just below an edge [--eta, edge-skipping]; and a worse model of the r
 
 Where the paper leaves a choice, and where we deviate from it:
  1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
- 2. `--ref-size all` takes the whole training set, so its exact score: beyond the paper. It costs two matrix products.
+ 2. `--ref-size all` takes the whole training set, so its exact score: beyond the paper, and the default of `shapes`.
  3. With labels (`--cond`) an image's references are those of its own label. The number of `batch` and N is counted
     before that: with many classes few are left (ImageNet, batch 128: x0 alone for 88 % of the samples); take `all`.
- 4. `--schedule smooth` lets ECT's stage grow continuously, from 0 to their number: our reading of "smoother".
+ 4. `--schedule smooth` lets ECT's stage grow continuously, from 0 to their number: our reading of "smoother". It ends
+    one stage beyond ECT's last, at a gap of q^-(stages + 1).
  5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
-    t's phase, x_s = f + s (x_t - f) / t, and r stays above s: our reading, from Phased Consistency Models.
- 6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run.
- 7. Training has f(x, t) -> x at t = 0, so that a diffusion model is a valid start; sampling at t = sigma_min, like ECT.
+    t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, from Phased Consistency Models.
+ 6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run, with EDM's levels and weight,
+    drawn to the posterior mean as well, and with the mean over pixels for a loss.
+ 7. The boundary is m = 0 in training, so that a diffusion model is a valid start, and sigma_min in sampling.
+ 8. Sampling adds t z and not sqrt(t² - sigma_min²) z; the levels of more than two steps are spaced by rho 7.
+ 9. No augmentation of the data, not even flips.
 """
 import argparse
 import copy
@@ -40,6 +44,7 @@ import functools
 import json
 import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -53,7 +58,7 @@ ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
-    stages=8, schedule='smooth',    # q^-1 ... q^-8: the gap is divided by q so many times over the run
+    stages=8, schedule='smooth',    # q^-1 ... q^-8 with ect, q^-1 to q^-9 with smooth: how the gap shrinks over the run
     phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
     t_mid=0.821,                # noise level of the second step when sampling with two
@@ -102,9 +107,9 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
 
 
-def stage_at(share, stages, schedule):
-    """The stage that `lower_level` takes after this share of tuning: ECT's 0, 1, 2, ..., or the same without steps."""
-    return share * stages if schedule == 'smooth' else int(share * stages)
+def stage_at(step, steps, stages, schedule):
+    """The stage that `lower_level` takes at a step of tuning: ECT's 0 ... stages - 1, or smoothly 0 to stages."""
+    return min(step / steps, 1) * stages if schedule == 'smooth' else min(step * stages // steps, stages - 1)
 
 
 def phase_edges(phases, edges=None):
@@ -120,7 +125,7 @@ def phase_floor(t, edges):
 # 3. Model
 
 def f(net, x, t, y=None, m=0.0):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), equal to x at t = m.
+    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
@@ -159,30 +164,30 @@ def posterior_mean(x_t, t, chunks):
     return (mean / total).view_as(x_t)
 
 
-def references(data, ref_size, index, mine, x0, y, choose):
+def references(data, ref_size, index, mine, x_all, y_all, choose):
     """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; x0 is among each sample's own.
 
-    index (B,): the global batch within `data`, of which x0 (B, C, H, W) are the images, y (B,) the labels or None, and
-    the slice `mine` this process's part. choose(n) gives n random indices.
+    index (B,): the global batch within `data`, of which x_all (B, C, H, W) are the images, y_all (B,) the labels or
+    None, and the slice `mine` this process's part. choose(n) gives n random indices.
     """
-    same = lambda labels: None if y is None else y[mine, None] == labels.to(y.device, non_blocking=True)
+    same = lambda labels: None if y_all is None else y_all[mine, None] == labels.to(y_all.device, non_blocking=True)
     if ref_size == 'batch':
-        yield x0, same(y)
+        yield x_all, same(y_all)
     elif ref_size == 'all':
-        size = max(1, CHUNK // x0[0].numel())
-        if y is None:
+        size = max(1, CHUNK // x_all[0].numel())
+        if y_all is None:
             for refs in data.images.split(size):
-                yield refs.to(x0.device, non_blocking=True), None
+                yield refs.to(x_all.device, non_blocking=True), None
         else:                                                   # only images of a class that is in the batch
             for part in torch.isin(data.labels, data.labels[index[mine]]).nonzero()[:, 0].split(size):
                 refs = data.images[part.to(data.images.device, non_blocking=True)]
-                yield refs.to(x0.device, non_blocking=True), same(data.labels[part])
+                yield refs.to(x_all.device, non_blocking=True), same(data.labels[part])
     else:
-        others = choose(int(ref_size) - 1)                       # shared by the batch
-        refs, ref_labels = data.at(others, x0.device)
-        allowed = (index[mine, None] != others).to(x0.device, non_blocking=True)
-        yield refs, allowed if y is None else allowed & same(ref_labels)
-        yield x0[mine], torch.eye(len(allowed), dtype=torch.bool, device=x0.device)     # each sample's own image
+        others = choose(int(ref_size) - 1)                      # shared by the batch
+        refs, ref_labels = data.at(others, x_all.device)
+        allowed = (index[mine, None] != others).to(x_all.device, non_blocking=True)
+        yield refs, allowed if y_all is None else allowed & same(ref_labels)
+        yield x_all[mine], torch.eye(len(allowed), dtype=torch.bool, device=x_all.device)   # each sample's own
 
 
 def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, choose):
@@ -207,11 +212,11 @@ def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weightin
     x_r = x0_hat + r4 * eps_hat
     torch.manual_seed(mask)
     student = at_level(f(net, x_t, t, y), x_t, t4, s4)
-    with torch.no_grad():
+    with torch.no_grad():                                                       # stopgrad
         torch.manual_seed(mask)
         r_or_t = torch.where(r4 > s4, r4, t4)                                 # at r = s the value is not used
-        target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r_or_t.flatten(), y), x_r, r_or_t, s4), x_r)
-    norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
+        goal = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r_or_t.flatten(), y), x_r, r_or_t, s4), x_r)
+    norm = torch.linalg.vector_norm((student - goal).flatten(1), dim=1)             # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
     return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
 
@@ -238,18 +243,20 @@ def edm_weight(t):
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None, first=0):
+def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | None = None, seed: int = 0,
+           guide: torch.nn.Module | None = None, guidance: float = 1.0, eta: float | None = None,
+           first: int = 0) -> torch.Tensor:
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A
     model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
-    `guide`: a worse model, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
+    `guide`: a worse model, evaluated as often, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
     """
     config, device, images = model.config, next(model.parameters()).device, []
     net, bad = (common.network(m, config['precision'], device) for m in (model, guide or model))
     y = common.choose_labels(n, labels, config['label_dim'], first)
     edges = phase_edges(config['phases'], config['edges'])
-    levels = rho_levels(nfe)[:0:-1]
+    levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
     if len(edges) > 2:
         if nfe != len(edges) - 1:
             raise common.UserError(f'--nfe {nfe}: a model of {len(edges) - 1} phases takes as many evaluations')
@@ -258,7 +265,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
         levels[1] = config['t_mid']
     shape = (n, config['in_channels'], config['resolution'], config['resolution'])
     noise = [common.randn(shape, seed, i, 'sample') for i in range(nfe if len(edges) == 2 else 1)]
-    for part in torch.arange(n).split(250):
+    for part in common.progress(torch.arange(n).split(250), 'samples, 250 at a time'):
         y_part = None if y is None else y[part].to(device)
         x = SIGMA_MAX * noise[0][part].to(device)
         for i, level in enumerate(levels):
@@ -273,7 +280,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
+def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Module:
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     return common.load_network(path, make_network, device)
 
@@ -287,7 +294,8 @@ def train(args):
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
     judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
-    net = initial_network(args).to(device, memory_format=torch.channels_last)   # channels last: convolutions run faster
+    net = initial_network(args, tunes=True)
+    net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     make_optimizer = lambda: getattr(torch.optim, args.optimizer)(              # foreach: few calls for all parameters
@@ -325,6 +333,10 @@ def train(args):
         pretraining = step < args.pretrain_steps
         levels = (-1.2, 1.2) if pretraining else (args.P_mean, args.P_std)      # EDM Table 1 for the diffusion model
         t = upper_level(normal('level'), *levels)
+        done = step - args.pretrain_steps * (not pretraining)
+        stage = stage_at(done, max(args.steps - args.pretrain_steps, 1), args.stages, args.schedule)
+        s = phase_floor(t, edges)
+        r = lower_level(t, stage, args.q, args.k, args.b).maximum(s)
         eps = normal('noise', *x0.shape[1:])
         clock('data')
 
@@ -334,9 +346,6 @@ def train(args):
         clock('reference mean')
 
         # Loss and gradient.
-        share = min((step - args.pretrain_steps) / max(args.steps - args.pretrain_steps, 1), 1)
-        s = phase_floor(t, edges)
-        r = lower_level(t, stage_at(share, args.stages, args.schedule), args.q, args.k, args.b).maximum(s)
         total = torch.zeros((), device=device)
         for i, part in enumerate(common.microbatches(wrapped, len(x0), args.microbatch)):
             mask = common.key(args.seed, step, 'dropout', common.rank(), i)
@@ -353,7 +362,6 @@ def train(args):
 
         # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
-        done = step if pretraining else step - args.pretrain_steps
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -363,10 +371,10 @@ def train(args):
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if step + 1 in kept and not args.benchmark:                             # a worse self, for --guide
             common.save_final(args, ema, f'ema-{step + 1}')
-        if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            common.save_progress(args, step + 1, sample(ema, 64, args.phases, seed=args.seed), log)
         if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
             common.save_final(args, ema, 'best')
+        if log.due(step + 1, args.sample_every) and common.rank() == 0:
+            common.save_progress(args, step + 1, sample(ema, 64, args.phases, seed=args.seed), log)
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
@@ -391,13 +399,13 @@ def add_flags(parser):
         help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N drawn, `all` data')
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
     add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='how often, over the run')
+    add('--stages', type=number(int, 1, 64), metavar='N', help='stages of the shrinking, over the run')
     add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each')
     add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
-    add('--keep-ema', type=number(float, 0, 1, many=True), metavar='X,X', help='keep the EMA at these shares of a run')
+    add('--keep-ema', type=number(float, 1e-6, 1, many=True), metavar='X,X', help='keep the EMA at these shares')
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
-    add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling')
+    add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling: twice the evaluations')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
 
@@ -406,6 +414,8 @@ def main(argv):
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv)
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
+    if args.guide and not args.use:
+        raise common.UserError('--guide is for --sample and --evaluate')
     if (args.guide is None) != (args.guidance is None):
         raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
     if (args.stages + 1) * math.log(args.q) > math.log(1e6):
@@ -420,6 +430,8 @@ def main(argv):
     device = common.start(args)
     model, guide = load(args.use, device), load(args.guide, device) if args.guide else None
     model.config['precision'] = args.precision
+    if guide and any(guide.config[key] != model.config[key] for key in ('label_dim', 'resolution', 'in_channels')):
+        raise common.UserError(f'--guide {args.guide}: of other classes or another size than {args.use}')
     draw = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
     if args.sample:
         return common.save_samples(args, draw)

@@ -431,11 +431,13 @@ def make_network(args, **changes):
         raise common.UserError(f'--arch {args.arch}: {error}')
 
 
-def initial_network(args):
-    """The network that training starts with: random weights of --seed, or those of --init."""
+def initial_network(args, tunes=False):
+    """The network that training starts with: random weights of --seed, or those of --init; tunes: those are wanted."""
     import common
     torch.manual_seed(args.seed)
     net = make_network(args)
+    if tunes and args.init == 'none' and not args.pretrain_steps and not args.resume:
+        common.say('tuning starts from random weights; --init CKPT or --pretrain-steps N for a diffusion model')
     if args.init != 'none' and not args.resume:
         path = Path(args.init)
         if path.is_dir():                                       # a run's folder
@@ -448,7 +450,7 @@ def initial_network(args):
 
 # 3. Published checkpoints
 
-def load_pretrained(path_or_url, cache='data'):
+def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tuple[dict[str, torch.Tensor], dict]:
     """Weights of a published network. -> (state_dict: dict name -> float32 tensor, about: dict of plain values)
 
     Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project, and state dicts of torch.save.

@@ -5,7 +5,7 @@ A consistency function f(x_t, t) maps a noisy image, at any noise level t, strai
 probability flow ODE through x_t ends. Consistency training asks that neighbours on one path agree, at levels r < t:
 
     x_t = x0 + t eps  (--kernel ve)   or   x_t = (1 - t/sigma_max) x0 + t eps  (--kernel li)
-    loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   and f(x, sigma_min) = x
+    loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   and f(x, m) = x
 
 The image x0 and the noise eps are drawn independently (`--coupling independent`), so that the paths of different pairs
 cross and the direction of each is only on average that of the ODE. Here a small encoder, trained with f, learns which
@@ -14,11 +14,11 @@ noise goes with which image, as in a variational autoencoder whose latent is the
     eps = mu(x0) + std(x0) n,   n ~ N(0, I)
     loss = w(t, r) d( ... ) + beta w(sigma_max, r_max) KL( N(mu(x0), std(x0)²) || N(0, I) )
 
-where r_max is what sigma_max is paired with. The KL term keeps the noise of all images together near N(0, I), where
-sampling starts. `--coupling ot` pairs images and noise within each batch at the least total distance instead (Pooladian
-et al. 2023, arXiv 2304.14772). Levels, d and w are those of improved consistency training, which starts from scratch
-(`--base ict`, Song & Dhariwal 2023, arXiv 2310.14189), or of Easy Consistency Tuning, which starts from a diffusion
-model (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
+where r_max is what sigma_max is paired with (EDM's weight counts as 1 there, as published). The KL term keeps the noise
+of all images together near N(0, I), where sampling starts. `--coupling ot` pairs images and noise within each batch at
+the least total distance instead (Pooladian et al. 2023, arXiv 2304.14772). Levels, d and w are those of improved
+consistency training, which starts from scratch (`--base ict`, Song & Dhariwal 2023, arXiv 2310.14189), or of Easy
+Consistency Tuning, which starts from a diffusion model (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 
     python vct.py                                                 # ten shapes, some five minutes on two CPU cores
     python vct.py --dataset cifar10 --gpus 8                      # the paper's setting, from scratch
@@ -30,14 +30,19 @@ model (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 Where the paper leaves a choice, and where we deviate from it or from the published code:
  1. With `--base ict` the distance is pseudo-Huber of every number, summed, as in the published code; beta = 30 belongs
     to it. iCT's paper takes the vector's (`--huber vector`), and so does the published code with `--base ecm`.
- 2. Sampling has f(x, sigma_min) = x at sigma_min = 0.002 for both bases; the published code has 0.003 with ECM.
+ 2. The boundary m is sigma_min = 0.002, but 0 in ECM's training, so that a diffusion model is a valid start; the
+    published code has 0.003 in ECM's sampling.
  3. The encoder has the network's multipliers and attention, 32 channels at multiplier 1, and no dropout: our reading.
  4. `--pretrain-steps` trains the diffusion model that ECM starts from in the same run, on independent noise; of the
     encoder's loss there is only the KL term then, so that tuning starts from noise that is independent.
  5. When sampling, noise after the first step is emitted by the encoder from what the step before gave, as in the
     published code; it does so for two steps, we also for more.
- 6. `--coupling ot` assigns within the global minibatch, over all processes.
+ 6. `--coupling ot` assigns within the global minibatch, over all processes, and whatever the labels: with --cond the
+    noise of a class is then not quite N(0, I).
  7. What is not known of the settings for Fashion-MNIST and FFHQ is as for CIFAR-10.
+ 8. `vc` clips the gradient at 200 and the others do not, as in the published code; it alone can make the difference.
+ 9. Sampling adds t z and not sqrt(t² - sigma_min²) z; the levels of more than two steps are spaced by rho 7.
+10. No augmentation of the data, not even flips.
 """
 import argparse
 import copy
@@ -45,6 +50,7 @@ import functools
 import json
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +77,7 @@ EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-unc
 FFHQ_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl'
 EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'
 DDPMPP = dict(width=128, mults=[2, 2, 2], blocks=4, dropout=0.2, batch=128)
-NETWORKS = {                    # and what else both bases have in common on a data set
+NETWORKS = {                    # and what else both bases have in common on a data set; --dry-run prints all merged
     'shapes': dict(             # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True, batch=32,
         steps=1600, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
@@ -148,7 +154,7 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
 # 3. Model
 
 def f(net, x, t, y=None, m=0.0, kernel='ve'):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), equal to x at t = m.
+    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
@@ -223,7 +229,7 @@ def loss(net, x0, eps, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0, kernel=
     r4 = r[:, None, None, None]
     torch.manual_seed(mask)
     student = f(net, path(x0, eps, t, kernel), t, y, m, kernel)
-    with torch.no_grad():
+    with torch.no_grad():                                                       # stopgrad
         torch.manual_seed(mask)
         level = torch.where(r > 0, r, SIGMA_MIN)
         target = torch.where(r4 > 0, f(teacher or net, path(x0, eps, r, kernel), level, y, m, kernel), x0)
@@ -263,7 +269,8 @@ def edm_weight(t):
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model, n, nfe=1, labels=None, seed=0, first=0):
+def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | None = None, seed: int = 0,
+           first: int = 0) -> torch.Tensor:
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds noise of a lower level and maps back (CM Alg. 1): fresh
@@ -273,12 +280,12 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     net, kernel = common.network(model, config['precision'], device), config['kernel']
     encoder = common.network(model.encoder, config['precision'], device) if config['coupling'] == 'vc' else None
     y = common.choose_labels(n, labels, config['label_dim'], first)
-    levels = rho_levels(nfe)[:0:-1]
+    levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
     if nfe == 2:
         levels[1] = config['t_mid']
     shape = (n, config['in_channels'], config['resolution'], config['resolution'])
     noise = [common.randn(shape, seed, i, 'sample') for i in range(nfe)]
-    for part in torch.arange(n).split(250):
+    for part in common.progress(torch.arange(n).split(250), 'samples, 250 at a time'):
         y_part = None if y is None else y[part].to(device)
         x0_hat = 0.0
         for i, (level, z) in enumerate(zip(levels, noise)):
@@ -290,7 +297,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
+def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Module:
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     return common.load_network(path, lambda args: add_encoder(make_network(args), args), device, apart=['encoder'])
 
@@ -304,7 +311,7 @@ def train(args):
     common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
     judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
-    net = add_encoder(initial_network(args), args)
+    net = add_encoder(initial_network(args, tunes=args.base == 'ecm'), args)
     net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
     net.config = common.config_of(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -344,12 +351,12 @@ def train(args):
         elif args.base == 'ict':
             table = level_table(num_levels(done, total_steps, args.s0, args.s1), args.P_mean, args.P_std, device)
             t, r = level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device)[mine], *table)
-            last = table[0][-1], table[0][-2]
+            last_pair = table[0][-1], table[0][-2]                      # sigma_max and r_max, for the KL's weight
         else:
             t = upper_level(normal('level'), args.P_mean, args.P_std, args.kernel)[mine]
             stage = min(done * args.stages // max(total_steps, 1), args.stages - 1)
             lower = lambda t: lower_level(t, stage, args.q, args.k, args.b)
-            r, last = lower(t), (SIGMA_MAX, lower(torch.tensor(SIGMA_MAX)).item())
+            r, last_pair = lower(t), (SIGMA_MAX, lower(torch.tensor(SIGMA_MAX)).item())
         clock('data')
 
         # Coupling.
@@ -371,7 +378,7 @@ def train(args):
             else:
                 value, distance = loss(student, x0[part], eps, t[part], r[part], y_part, teacher, mask,
                                        **loss_settings(args))
-                value = value + kl_weight(args.beta, *last, args.weighting) * kl
+                value = value + kl_weight(args.beta, *last_pair, args.weighting) * kl
             clock('loss')
             (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
             total += torch.stack([value, distance, kl]).detach().sum(1) / len(x0)
@@ -388,10 +395,10 @@ def train(args):
         common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
         clock('EMA')
         log.step(step + 1, loss=total[0], consistency=total[1], kl=total[2], grad_norm=grad_norm)
-        if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
         if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
             common.save_final(args, ema, 'best', apart=['encoder'])
+        if log.due(step + 1, args.sample_every) and common.rank() == 0:
+            common.save_progress(args, step + 1, sample(ema, 64, seed=args.seed), log)
         if log.due(step + 1, args.save_every) or log.stop:
             common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
         if log.stop:
@@ -469,7 +476,7 @@ def add_flags(parser):
     add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
     add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
     add('--q', type=number(float, 1.001), metavar='X', help='ecm: what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='ecm: how often, over the run')
+    add('--stages', type=number(int, 1, 64), metavar='N', help='ecm: stages of the shrinking, over the run')
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
     add('--analyse', metavar='CKPT', help='draw the noise that the encoder emits; print KL and loss by noise level')
 

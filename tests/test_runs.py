@@ -60,6 +60,16 @@ def test_a_resumed_run_keeps_its_longer_end(script):
     assert json.loads((script.out / 'config.json').read_text())['steps'] == 6
 
 
+def test_the_average_of_the_weights(script):
+    """After the second step it is d times what it was, and 1 - d times the network."""
+    assert script.train('--steps', 2, '--save-every', 1, '--ema', 0.9, '--lr', 0.01) == 0
+    before, after = (weights(script.out, name) for name in ('previous.pt', 'checkpoint.pt'))
+    assert (before['step'], after['step']) == (1, 2)
+    d = min(1 - 2 ** (-2 / 3), 0.9) if script.name == 'gc_ct' else 0.9            # GC's average warms up
+    for name, value in after['ema'].items():
+        torch.testing.assert_close(value, d * before['ema'][name] + (1 - d) * after['net'][name])
+
+
 def test_microbatches_equal_the_whole_batch(script):
     assert script.train('--out', 'a') == script.train('--out', 'b', '--microbatch', 3) == 0
     for name, rtol in (('loss', 1e-4), ('grad_norm', 1e-3)):

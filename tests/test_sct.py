@@ -107,7 +107,7 @@ def fake_data(n=40, labels=4):
 def test_references_hold_x0_once_and_share_its_label(ref_size, labels):
     data, index, mine = fake_data(labels=labels), torch.tensor([3, 8, 15, 16, 22, 5, 6, 7]), slice(2, 6)
     x_all, y_all = data.at(index, torch.device('cpu'))
-    draw = lambda n: torch.tensor([15, 16, 19, 23, 30])[:n]             # two of them are this process's own images
+    draw = lambda n: torch.tensor([15, 16, 19, 23, 30, 31])[:n]             # two of them are this process's own images
     pieces = [(common.normalise(refs) if refs.dtype == torch.uint8 else refs,
                torch.ones(4, len(refs), dtype=torch.bool) if allowed is None else allowed)
               for refs, allowed in sct.references(data, ref_size, index, mine, x_all, y_all, draw)]
@@ -168,11 +168,12 @@ def test_weights():
 # Schedule and phases
 
 def test_schedules():
-    shares = [0, 0.1, 0.125, 0.5, 0.99]
-    assert [sct.stage_at(share, 8, 'ect') for share in shares] == [0, 0, 1, 4, 7]
-    assert [sct.stage_at(share, 8, 'smooth') for share in shares] == [0, 0.8, 1, 4, 7.92]
+    at = [0, 100, 125, 500, 990, 1500]
+    assert [sct.stage_at(step, 1000, 8, 'ect') for step in at] == [0, 0, 1, 4, 7, 7]
+    assert [sct.stage_at(step, 1000, 8, 'smooth') for step in at] == [0, 0.8, 1, 4, 7.92, 8]
     t = torch.tensor([0.5])
-    smooth, steps = ([sct.lower_level(t, sct.stage_at(i / 800, 8, kind)).item() for i in range(800)] for kind in ('smooth', 'ect'))
+    smooth, steps = ([sct.lower_level(t, sct.stage_at(i, 800, 8, kind)).item() for i in range(800)]
+                     for kind in ('smooth', 'ect'))
     assert smooth == sorted(smooth) and max(np.diff(smooth)) < 0.01 and len(set(steps)) < 9
 
 
@@ -446,6 +447,14 @@ def test_an_earlier_self_is_kept_and_guides(capsys):
     assert run('--sample', out, '--out', 'plain') == 0
     plain, one, two = ((Path(name) / 'sample-1-step.png').read_bytes() for name in ('plain', 'one', 'two'))
     assert plain == one != two
+
+
+def test_guides_that_do_not_fit(refused):
+    assert run(*TINY) == run(*TINY, '--no-cond', '--out', 'other') == 0
+    guide = ['--guide', 'other', '--guidance', 2]
+    refused(sct, ['--sample', 'runs/sct-shapes', *guide], '--guide other', 'other classes')
+    refused(sct, [*TINY, *guide, '--out', 'x'], '--guide is for --sample')
+    refused(sct, '--keep-ema 0 --out x', '--keep-ema')
 
 
 def settings(capsys, *flags):

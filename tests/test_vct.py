@@ -330,6 +330,17 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, base, kernel, coupling):
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize('weighting', ['gap', 'edm'])
+def test_the_weight_of_the_kl_term_in_a_run(weighting, monkeypatch):
+    """With EDM's weighting it is beta alone, as published."""
+    monkeypatch.setitem(vct.PRESETS, ('shapes', 'ecm'), vct.PRESETS['shapes', 'ecm'] | dict(weighting=weighting))
+    monkeypatch.setattr(vct, 'loss', lambda net, x0, *rest, **settings: (x0.new_zeros(len(x0)),) * 2)
+    assert run(*TINY, '--base', 'ecm', '--beta', 7, '--steps', 1) == 0
+    line = lines()[0]
+    gap = 80 - vct.lower_level(torch.tensor(80.0), 0).item()
+    close(line['loss'], 7 * line['kl'] / (gap if weighting == 'gap' else 1))
+
+
 def gradients(monkeypatch, *flags):
     """Norm of the whole gradient and of the encoder's, before and after clipping, at each step of a run."""
     seen, finish, rate = [], common.finish_gradients, common.learning_rate
