@@ -215,8 +215,12 @@ def pseudo_huber(u, c):
 def denoising_loss(net, x0, z, t, y=None, mask=0):
     """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels. -> (B,)"""
     torch.manual_seed(mask)
-    weight = (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
-    return weight * (f(net, x0 + t[:, None, None, None] * z, t, y) - x0).square().flatten(1).mean(1)
+    return edm_weight(t) * (f(net, x0 + t[:, None, None, None] * z, t, y) - x0).square().flatten(1).mean(1)
+
+
+def edm_weight(t):
+    """lambda(t) = (t² + s²) / (t s)² (EDM Table 1). (B,) -> (B,)"""
+    return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
 # 6. Sampling
@@ -318,7 +322,7 @@ def train(args):
         pretraining = step < args.pretrain_steps
         done, total_steps = step - args.pretrain_steps * (not pretraining), args.steps - args.pretrain_steps
         if pretraining:
-            t = r = upper_level(normal('level'), -1.2, 1.2)[mine]               # EDM Table 1
+            t = r = upper_level(normal('level'), -1.2, 1.2)[mine]               # EDM Table 1, as its weight
         elif args.schedule == 'ict':
             table = level_table(num_levels(done, total_steps, args.s0, args.s1), args.P_mean, args.P_std, device)
             t, r = level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device)[mine], *table)
