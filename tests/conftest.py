@@ -1,15 +1,23 @@
 """Shared by all tests: the scripts on the path, a command runner, and real data where it is at hand."""
+import functools
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
+
+# Before torch starts, here and in the processes that tests start: tiny networks are no slower on one thread, and many
+# times faster where the machine has other work, because threads wait for each other after every small operation.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,6 +37,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason='slow: set RUN_SLOW=1'))
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """What takes longer than a step of a tiny network, and no test is about.
+
+    Files of tests need not survive a power cut. Without a GPU, torch.manual_seed formats a stack trace at every call,
+    in case it must tell later where it was called; the CPU's own generator does not.
+    """
+    monkeypatch.setattr(os, 'fsync', lambda file: None)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch, 'manual_seed', torch.default_generator.manual_seed)
+
+
 @pytest.fixture
 def real():
     """real('cifar-10-batches-bin') -> its path, or the test is skipped with the reason."""
@@ -41,12 +61,24 @@ def real():
 
 @pytest.fixture
 def command(tmp_path):
-    """command('sct.py', '--steps', 2) runs it as a user would, in an empty folder -> CompletedProcess with text output."""
+    """command('sct.py', '--steps', 2) runs it as a user would, in an empty folder -> CompletedProcess with its text."""
     def call(script, *flags, timeout=300):
         env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
         return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True,
                               cwd=tmp_path, env=env, timeout=timeout, stdin=subprocess.DEVNULL)
     return call
+
+
+@pytest.fixture(scope='session')
+def few_pictures(tmp_path_factory):
+    """The flags for a zip of 40 pictures: processes that train on it need not draw 10,000 shapes before they begin."""
+    path = tmp_path_factory.mktemp('pictures') / 'pictures.zip'
+    with zipfile.ZipFile(path, 'w') as archive:
+        for i in range(40):
+            file = io.BytesIO()
+            Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(file, 'PNG')
+            archive.writestr(f'{i}.png', file.getvalue())
+    return ['--dataset', 'folder', '--data-dir', str(path)]
 
 
 @pytest.fixture
@@ -84,7 +116,9 @@ SCRIPTS = {     # name: flags that make a run small
     'gc_ct': [],
     'vct': ['--pretrain-steps', '0'],
 }
-SMALL = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--fid-num', '20']
+TINY_NETWORK = ['--width', '8', '--mults', '1,1', '--blocks', '1']
+SMALL = ['--resolution', '8', *TINY_NETWORK, '--batch', '8', '--steps', '4', '--fid-num', '20']
+all_shapes = functools.cache(common.shapes)              # what a command draws; `script` has runs draw but 200
 
 
 class Script:

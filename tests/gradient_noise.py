@@ -3,7 +3,7 @@
     python tests/gradient_noise.py RUN [WEIGHTS [P_MEAN P_STD]]
 
 Gradients of 32 batches of 64 images at the same weights (those of RUN, or of the file WEIGHTS): mean and deviation of
-|g1 - g2| over 16 pairs of batches, and the norm of their mean. Images, levels and noise are the same for all references.
+|g1 - g2| over 16 pairs of batches, and the norm of their mean. Images, levels and noise are the same for all.
 """
 import sys
 from pathlib import Path

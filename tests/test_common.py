@@ -3,6 +3,8 @@ import http.server
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -16,6 +18,7 @@ from PIL import Image
 
 import common
 from common import UserError
+from conftest import ROOT, Script
 
 
 # Randomness
@@ -39,7 +42,8 @@ def test_every_epoch_is_a_permutation(n, batch):
 # Data
 
 def test_a_shape_is_a_function_of_its_number():
-    assert np.array_equal(common.draw_shape(13), common.draw_shape(13)) and not np.array_equal(common.draw_shape(13), common.draw_shape(23))
+    assert np.array_equal(common.draw_shape(13), common.draw_shape(13))
+    assert not np.array_equal(common.draw_shape(13), common.draw_shape(23))
     data = common.shapes(40, 24)
     assert data.images.shape == (40, 3, 24, 24) and data.images.dtype == torch.uint8 and data.classes == 10
     assert np.array_equal(data.images[13], common.draw_shape(13, 24)) and data.labels[13] == 3
@@ -52,7 +56,8 @@ def test_bytes_and_floats():
 
 
 def flags(**values):
-    return Namespace(**dict(dataset='folder', data_dir='data', resolution=None, cond=False, out='out', benchmark=None) | values)
+    defaults = dict(dataset='folder', data_dir='data', resolution=None, cond=False, out='out', benchmark=None)
+    return Namespace(**defaults | values)
 
 
 CIFAR_NAMES = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin']
@@ -164,7 +169,8 @@ def test_a_download_without_known_hash_is_checked_by_its_length(tmp_path, monkey
 
 def picture(path, size=(8, 8), seed=0, mode='RGB', **save):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode).save(path, **save)
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **save)
 
 
 def test_folder_and_zip_with_labels_from_folders(tmp_path):
@@ -174,9 +180,10 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
     with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
         for path in (tmp_path / 'set').rglob('*'):
             archive.write(path, path.relative_to(tmp_path / 'set'))
-    a, b = common.load_data(flags(data_dir=tmp_path / 'set', cond=True)), common.load_data(flags(data_dir=tmp_path / 'set.zip', cond=True))
+    a, b = (common.load_data(flags(data_dir=tmp_path / name, cond=True)) for name in ('set', 'set.zip'))
     assert torch.equal(a.images, b.images) and a.images.shape == (4, 3, 8, 8)
-    assert a.labels.tolist() == b.labels.tolist() == [0, 0, 1, 1] and a.classes == 2        # cat/a, cat/deep/c, dog/b, dog/U
+    assert a.labels.tolist() == b.labels.tolist() == [0, 0, 1, 1]           # cat/a, cat/deep/c, dog/b, dog/U
+    assert a.classes == 2
     assert np.array_equal(a.images[0], np.asarray(Image.open(tmp_path / 'set/cat/a.png')).transpose(2, 0, 1))
     assert common.load_data(flags(data_dir=tmp_path / 'set')).labels is None
 
@@ -292,7 +299,7 @@ def test_power_function_ema():
     for std, gamma in [(0.05, 16.97), (0.10, 6.94)]:
         assert abs(np.log(common.ema_decay(1000, None, std)) / np.log(1 - 1 / 1000) - 1 - gamma) < 0.005
     assert common.ema_decay(1, None, 0.1) == 0 and common.ema_decay(7, 0.5) == 0.5
-    steps, weights = np.arange(1, 20_001), np.zeros(20_000)                       # what the average is made of, at its end
+    steps, weights = np.arange(1, 20_001), np.zeros(20_000)                 # what the average is made of, at its end
     for step in steps:
         decay = common.ema_decay(step, None, 0.1)
         weights[:step - 1] *= decay
@@ -352,7 +359,8 @@ def test_bad_checkpoints(tmp_path, content):
 
 
 def test_log_has_every_step_once_and_averages_nothing_away(tmp_path):
-    args = flags(out=tmp_path, steps=7, batch=4, save_every=None, sample_every=None, eval_every=None, resume=False, script='sct')
+    args = flags(out=tmp_path, steps=7, batch=4, save_every=None, sample_every=None, eval_every=None, resume=False,
+                 script='sct')
     log = common.Log(args, 0, torch.device('cpu'))
     log.block = 3
     for step in range(1, 8):
@@ -366,8 +374,10 @@ def test_pictures(tmp_path):
     x[3] = 1
     common.save_grid(x, tmp_path / 'grid.png', columns=3)
     grid = Image.open(tmp_path / 'grid.png')
-    assert grid.size == (3 * 66 + 2, 2 * 66 + 2) and grid.getpixel((30, 30)) == (0, 0, 0) and grid.getpixel((30, 96)) == (255, 255, 255)
-    (tmp_path / 'm.jsonl').write_text(''.join(json.dumps({'step': i, 'loss': 10 / i, 'x': 'nan'}) + '\n' for i in range(1, 500)))
+    assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
+    assert grid.getpixel((30, 30)) == (0, 0, 0) and grid.getpixel((30, 96)) == (255, 255, 255)
+    rows = [{'step': i, 'loss': 10 / i, 'x': 'nan'} for i in range(1, 500)]
+    (tmp_path / 'm.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     common.save_curves(tmp_path / 'm.jsonl', tmp_path / 'curves.png')
     curve = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
     blue = np.argwhere((curve[:, :, 2] - curve[:, :, 0] > 100))
@@ -379,7 +389,8 @@ def test_pictures(tmp_path):
 
 def test_a_failing_process_ends_the_others(command, tmp_path):
     """Process 1 cannot open its data: both end within seconds, with one line and its exit code."""
-    done = command('sct.py', '--gpus', 2, '--device', 'cpu', '--dataset', 'folder', '--data-dir', 'nowhere', '--resolution', 8, timeout=60)
+    done = command('sct.py', '--gpus', 2, '--device', 'cpu', '--dataset', 'folder', '--data-dir', 'nowhere',
+                   '--resolution', 8, timeout=60)
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'nowhere' in done.stderr
     assert not (tmp_path / 'runs').exists()
 
@@ -392,18 +403,18 @@ def test_an_error_for_the_user_keeps_its_words(monkeypatch, capsys):
         raise error
     assert common.run(lambda argv: fail(UserError('no data: connection refused')), []) == 2
     assert common.run(lambda argv: fail(RuntimeError('Connection closed by peer [127.0.0.1]')), []) == 1
-    assert capsys.readouterr().err.splitlines() == ['no data: connection refused', 'another process of this run has ended']
+    told = capsys.readouterr().err.splitlines()
+    assert told == ['no data: connection refused', 'another process of this run has ended']
     with pytest.raises(RuntimeError, match='shapes'):
         common.run(lambda argv: fail(RuntimeError('shapes do not fit')), [])
 
 
-def test_torchrun_decides_by_the_environment(tmp_path):
-    import subprocess, sys
-    from conftest import ROOT
+def test_torchrun_decides_by_the_environment(few_pictures, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(ROOT / 'sct.py'), '--resolution', '8', '--width', '8', '--batch', '4',
-                           '--steps', '2', '--pretrain-steps', '0', '--fid-num', '20', '--device', 'cpu', '--out', 'run'],
-                          capture_output=True, text=True, cwd=tmp_path, env=env, timeout=200)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    small = [*few_pictures, *Script('sct').small, '--batch', '4', '--steps', '2', '--device', 'cpu', '--out', 'run']
+    done = subprocess.run([*torchrun, str(ROOT / 'sct.py'), *small], capture_output=True, text=True, cwd=tmp_path,
+                          env=env, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'run/final.pt').exists() and (tmp_path / 'run/metrics.jsonl').read_text().count('"loss"') == 2
 
@@ -421,7 +432,7 @@ def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
     read = common.read_image
     monkeypatch.setattr(common, 'read_image', lambda data, where, *rest: (
         read(data, where, *rest) if '0.png' in where else 1 / 0))
-    assert torch.equal(common.image_folder(folder).images, plain)                       # nothing but the first is decoded again
+    assert torch.equal(common.image_folder(folder).images, plain)               # only the first is decoded again
     monkeypatch.undo()
     monkeypatch.setattr(common, 'MAPPED', 900)
     Image.fromarray(common.draw_shape(7, 8).transpose(1, 2, 0)).save(folder / '5.png')

@@ -1,5 +1,4 @@
 """fid.py against torch-fidelity's features and resize, and scipy's matrix square root (`fid.npz`)."""
-import json
 import warnings
 from pathlib import Path
 
@@ -55,7 +54,8 @@ def test_folding_batch_norm_changes_nothing_and_names_are_pytorch_fids():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 2), module.bias.data.normal_()
     names = set(net.state_dict())
-    assert {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var', 'Mixed_7c.branch3x3dbl_3b.conv.weight'} <= names
+    assert {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var',
+            'Mixed_7c.branch3x3dbl_3b.conv.weight'} <= names
     assert len([n for n in names if n.endswith('conv.weight')]) == 94
     x = torch.randint(0, 256, (1, 3, 32, 32))
     with torch.no_grad():
@@ -105,8 +105,8 @@ def test_command_on_folders_zips_and_statistics(tmp_path, capsys):
         name, value = capsys.readouterr().out.strip().rsplit(':', 1)
         return name, float(value)
     name, value = measure(a, '--against', b, '--save', tmp_path / 'a.npz')
-    x, y = (np.stack([np.asarray(Image.open(p), np.float64).transpose(2, 0, 1).ravel() / 127.5 - 1 for p in sorted(d.iterdir())])
-            for d in (a, b))
+    pixels = lambda path: np.asarray(Image.open(path), np.float64).transpose(2, 0, 1).ravel() / 127.5 - 1
+    x, y = (np.stack([pixels(path) for path in sorted(folder.iterdir())]) for folder in (a, b))
     expected = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
     assert abs(value - expected) < 1e-3 * expected and name == f'pixel-FD (12 images against 12 of {b})'
     assert measure(tmp_path / 'b.zip', '--against', tmp_path / 'a.npz')[1] == pytest.approx(value, rel=1e-6)
@@ -149,7 +149,8 @@ def test_bad_pictures_and_weights(tmp_path, refused):
 
 def test_only_the_real_thing_is_called_fid_50k():
     assert fid.distance_name('FID', 50_000, 'the 50,000 training images', True) == 'FID-50k'
-    assert fid.distance_name('FID', 2_000, 'the 50,000 training images', True) == 'FID (2,000 images against the 50,000 training images)'
+    name = fid.distance_name('FID', 2_000, 'the 50,000 training images', True)
+    assert name == 'FID (2,000 images against the 50,000 training images)'
     assert '50,000 images against s.npz' in fid.distance_name('FID', 50_000, 's.npz', False)
     assert fid.distance_name('FID with other Inception weights', 50_000, 'x', True) != 'FID-50k'
 

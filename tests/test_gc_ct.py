@@ -11,12 +11,13 @@ import torch
 
 import common
 import gc_ct
+from conftest import Script
 
 GC = np.load(Path(__file__).parent / 'data/gc_losses.npz')
 ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
 STEPS = [0, 50_000, 99_999]
 M = gc_ct.SIGMA_MIN
-TINY = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--fid-num', '20']
+TINY = Script('gc_ct').small
 
 
 def tensor(golden, name):
@@ -125,7 +126,7 @@ def test_gradients_stop_at_teacher_and_endpoint_and_masks_are_alike():
     gc_ct.loss(net, x, x, t, t / 2, mask=5).sum().backward()
     assert [grad for grad, _ in seen] == [False, True, False] and seen[1][1] == seen[2][1]
     before, scale.grad = scale.grad.clone(), None
-    fixed = lambda x, c_noise, y: x * 1.0                                       # a teacher of its own: the same values, no gradient
+    fixed = lambda x, c_noise, y: x * 1.0           # a teacher of its own: the same values, no gradient
     gc_ct.loss(net, x, x, t, t / 2, mask=5, teacher=fixed).sum().backward()
     assert torch.equal(before, scale.grad) and before != 0
 
@@ -139,11 +140,13 @@ def test_posterior_mean_is_exact(t):
     for allowed in (None, data.labels[:16, None] == data.labels):
         logits = -d2 / (2 * t ** 2) if allowed is None else (-d2 / (2 * t ** 2)).masked_fill(~allowed, -torch.inf)
         expected = (logits.softmax(1) @ common.normalise(data.images).double().flatten(1)).view_as(x_t)
-        torch.testing.assert_close(gc_ct.posterior_mean(x_t, level, data.images, allowed).double(), expected, rtol=0, atol=1e-4)
+        mean = gc_ct.posterior_mean(x_t, level, data.images, allowed)
+        torch.testing.assert_close(mean.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_decay_of_the_moving_average():
-    for step, decay in [(0, 0.0), (5, 1 - 6 ** (-2 / 3)), (50, 1 - 51 ** (-2 / 3)), (5000, 1 - 5001 ** (-2 / 3)), (1_000_000, 0.9999)]:
+    early = [(step, 1 - (step + 1) ** (-2 / 3)) for step in (5, 50, 5000)]
+    for step, decay in [(0, 0.0), *early, (1_000_000, 0.9999)]:
         assert abs(gc_ct.ema_decay(step, 0.9999) - decay) < 1e-12
 
 
@@ -172,22 +175,25 @@ def exact(x_in, c_noise, y=None):
 
 
 def test_generated_pairs_are_nearer_than_independent_ones():
-    """The paper's theorem in numbers. For N(0, 1) and the exact endpoint, E|x_hat - z|² = 2 - 2 sigma / sqrt(1 + sigma²)."""
-    x0, z = torch.randn(100_000, 1, 1, 1), torch.randn(100_000, 1, 1, 1)
+    """The paper's theorem in numbers. For N(0, 1) and the exact endpoint,
+    E|x_hat - z|² = 2 - 2 sigma / sqrt(1 + sigma²).
+    """
+    x0, z, chosen = torch.randn(100_000, 1, 1, 1), torch.randn(100_000, 1, 1, 1), torch.ones(100_000, dtype=torch.bool)
     before = 2.0
     for sigma in gc_ct.rho_levels(10)[1:]:
-        x_hat = gc_ct.generator_coupling(exact, x0, z, torch.full((100_000,), sigma), None, torch.ones(100_000, dtype=torch.bool))
+        x_hat = gc_ct.generator_coupling(exact, x0, z, torch.full((100_000,), sigma), None, chosen)
         ic, gc = (x0 - z).square().mean().item(), (x_hat - z).square().mean().item()
         assert gc < ic and gc <= before + 0.01
         assert abs(gc - (2 - 2 * sigma / math.sqrt(1 + sigma ** 2))) < 0.03
-        assert abs(x_hat.square().mean() - 1) < 0.03                            # and the endpoints are distributed as the data
+        assert abs(x_hat.square().mean() - 1) < 0.03            # and the endpoints are distributed as the data
         before = gc
 
 
 def test_diagnostics_on_a_data_set_of_two_points():
     """Images 0 and 255, so -1 and 1: E[x0 | x_t] = tanh(x_t / t²), and all is known in closed form."""
     images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None]
-    x0, z = torch.tensor([-1.0, 1.0, 1.0])[:, None, None, None], torch.tensor([0.5, -0.2, 1.5])[:, None, None, None]
+    x0 = torch.tensor([-1.0, 1.0, 1.0])[:, None, None, None]
+    z = torch.tensor([0.5, -0.2, 1.5])[:, None, None, None]
     sigma, order = 0.7, torch.tensor([1, 0, 2])
     net = lambda x, c, y=None: torch.zeros_like(x)                              # x_hat = c_skip x
     results = gc_ct.diagnostics(net, x0, z, None, images, None, sigma, 0.0, order)
@@ -196,7 +202,7 @@ def test_diagnostics_on_a_data_set_of_two_points():
         x_t = x + sigma * z
         v = (x_t - torch.tanh(x_t / sigma ** 2)) / sigma
         close(results[name], [(x - z).square().mean(), (z - v).square().mean()])
-    labels, y = torch.tensor([0, 1]), torch.tensor([0, 1, 1])                   # a class has one image: its direction is z itself
+    labels, y = torch.tensor([0, 1]), torch.tensor([0, 1, 1])       # a class has one image: its direction is z itself
     assert gc_ct.diagnostics(net, x0, z, y, images, labels, sigma)['IC'][1] < 1e-10
 
 
@@ -226,22 +232,25 @@ def test_lion_is_its_five_lines():
 def test_training_approaches_the_exact_consistency_function(mu, numbers):
     """N(0, I) data, a small network, this script's own pairs, endpoints and loss: f -> x / sqrt(1 + t²).
 
-    Error bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80. Generated pairs have a flow of
-    their own, which a network must tell from that of the data: in 768 numbers it can, by |x|; in one it cannot (13 %).
+    Error bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80. Generated pairs have
+    a flow of their own, which a network must tell from that of the data: in 768 numbers it can, by |x|; in one it
+    cannot (13 %).
     """
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                 torch.nn.Linear(64, 1))
 
     def net(x_in, c_noise, y=None):
         c, size = c_noise[:, None], 4 * (x_in.flatten(1).square().mean(1, keepdim=True).sqrt() - 1)
         return x_in * (1 + layers(torch.cat([size, c, c.square()], 1)))[:, :, None, None]
+    n = 256 if numbers == 1 else 128                                            # many numbers an image: fewer will do
     steps, optimizer = 2000, torch.optim.Adam(layers.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for step in range(steps):
-        x0, z = (common.randn((256, 1, 1, numbers), step, stream) for stream in 'xz')
+        x0, z = (common.randn((n, 1, 1, numbers), step, stream) for stream in 'xz')
         table = gc_ct.level_table(gc_ct.num_levels(step, steps, 10, 160), 0.5, 2.0, torch.device('cpu'))
-        t, r = gc_ct.level_pair(common.rand((256,), step, 't'), *table)
-        x_hat = gc_ct.generator_coupling(net, x0, z, r, None, common.rand((256,), step, 'mix') < mu, M)
+        t, r = gc_ct.level_pair(common.rand((n,), step, 't'), *table)
+        x_hat = gc_ct.generator_coupling(net, x0, z, r, None, common.rand((n,), step, 'mix') < mu, M)
         optimizer.zero_grad()
         gc_ct.loss(net, x_hat, z, t, r, c=0.00054, m=M).mean().backward()
         optimizer.step()
@@ -279,20 +288,23 @@ def few_shapes(monkeypatch, tmp_path):
     monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
 
 
-@pytest.mark.parametrize('flags', [['--no-cond'], ['--coupling', 'ic'], ['--coupling', 'ot'], ['--endpoint', 'online'],
-                                   ['--schedule', 'ect', '--pretrain-steps', 2], ['--dropout', '0.2,0,0', '--blocks', '1,2,1'],
-                                   ['--schedule', 'ect', '--pretrain-steps', 0, '--coupling', 'ic', '--precision', 'bf16']])
+@pytest.mark.parametrize('flags', [
+    ['--no-cond'], ['--coupling', 'ic'], ['--coupling', 'ot'], ['--endpoint', 'online'],
+    ['--schedule', 'ect', '--pretrain-steps', 2], ['--mults', '1,1,2', '--dropout', '0.2,0,0', '--blocks', '1,2,1'],
+    ['--schedule', 'ect', '--pretrain-steps', 0, '--coupling', 'ic', '--precision', 'bf16']])
 def test_every_way_to_train(flags):
     if 'ot' in flags:
         pytest.importorskip('scipy')
     assert run(*TINY, '--sample-every', 4, '--eval-every', 4, '--fid-num', 10, *flags) == 0
     lines = [json.loads(line) for line in Path('runs/gc_ct-shapes/metrics.jsonl').read_text().splitlines()]
-    assert [line['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4] and all(math.isfinite(line.get('loss', 0)) for line in lines)
+    assert [line['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4]
+    assert all(math.isfinite(line.get('loss', 0)) for line in lines)
     assert any(name.startswith('pixel-FD (10 images') for name in lines[-1])
 
 
 def test_without_generated_endpoints_gc_is_ict_bit_for_bit():
-    assert run(*TINY, '--mu', 0, '--out', 'gc') == run(*TINY, '--coupling', 'ic', '--out', 'ic') == run(*TINY, '--out', 'half') == 0
+    for out, flags in [('gc', ['--mu', 0]), ('ic', ['--coupling', 'ic']), ('half', [])]:
+        assert run(*TINY, *flags, '--out', out) == 0
     assert same('gc', 'ic') and not same('gc', 'half')
 
 
@@ -301,21 +313,25 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, endpoint):
     """Images, noise, levels and endpoints, as the loop hands them to the loss; mu = 1 uses generated endpoints only."""
     seen, asked = [], []
     plain_loss, plain_coupling = gc_ct.loss, gc_ct.generator_coupling
-    monkeypatch.setattr(gc_ct, 'generator_coupling', lambda net, *rest: (asked.append((net, rest)), plain_coupling(net, *rest))[1])
-    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, *rest: (seen.append((x0, z, t, r)), plain_loss(net, x0, z, t, r, *rest))[1])
+    monkeypatch.setattr(gc_ct, 'generator_coupling', lambda net, *rest: (
+        asked.append((net, rest)), plain_coupling(net, *rest))[1])
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, *rest: (
+        seen.append((x0, z, t, r)), plain_loss(net, x0, z, t, r, *rest))[1])
     assert run(*TINY, '--batch', 64, '--steps', 3, '--mu', 1, '--endpoint', endpoint, '--no-cond', '--lr', 0) == 0
-    data, net = common.shapes(), asked[0][0]
+    data, net = common.shapes(resolution=8), asked[0][0]
     assert len({id(call[0]) for call in asked}) == 1
     for step, (x_hat, z, t, r) in enumerate(seen):
         index = common.batch_indices(200, 64, step, 0)
-        assert torch.equal(z, common.randn((64, 3, 16, 16), 0, step, 'noise'))
+        assert torch.equal(z, common.randn((64, 3, 8, 8), 0, step, 'noise'))
         x0 = common.normalise(data.images[index])
         assert not (x_hat == x0).flatten(1).all(1).any()
         with torch.no_grad():
-            torch.testing.assert_close(x_hat, gc_ct.f(net, x0 + r[:, None, None, None] * z, r, None, M), rtol=1e-4, atol=1e-5)
+            endpoint = gc_ct.f(net, x0 + r[:, None, None, None] * z, r, None, M)
+        torch.testing.assert_close(x_hat, endpoint, rtol=1e-4, atol=1e-5)
         sigmas = torch.tensor(gc_ct.rho_levels(gc_ct.num_levels(step, 3, 10, 80) - 1))
         u = common.rand((64,), 0, step, 'level')
-        i = torch.searchsorted(gc_ct.pair_probabilities(sigmas, -1.1, 2.0).cumsum(0).float(), u, right=True).clamp(max=len(sigmas) - 2)
+        cumulated = gc_ct.pair_probabilities(sigmas, -1.1, 2.0).cumsum(0).float()
+        i = torch.searchsorted(cumulated, u, right=True).clamp(max=len(sigmas) - 2)
         assert torch.equal(t, sigmas[i + 1]) and torch.equal(r, sigmas[i])
         assert asked[step][1][4].all()
     before = asked[0][1]
@@ -326,7 +342,8 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, endpoint):
 def test_the_levels_of_tuning(monkeypatch):
     """ECT's pairs, stage by stage, after the steps of the diffusion model, which have no pairs."""
     seen, plain = [], gc_ct.loss
-    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, *rest: (seen.append((t, r)), plain(net, x0, z, t, r, *rest))[1])
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, *rest: (
+        seen.append((t, r)), plain(net, x0, z, t, r, *rest))[1])
     assert run(*TINY, '--schedule', 'ect', '--pretrain-steps', 2, '--steps', 6, '--stages', 4) == 0
     assert len(seen) == 4
     for stage, (t, r) in enumerate(seen):
@@ -369,10 +386,11 @@ def test_endpoint_network_is_the_average_or_the_online_one(monkeypatch):
 def test_transport_moves_labels_with_their_images(monkeypatch):
     pytest.importorskip('scipy')
     seen, plain = [], gc_ct.loss
-    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, y, *rest: (seen.append((x0, z, y)), plain(net, x0, z, t, r, y, *rest))[1])
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, y, *rest: (
+        seen.append((x0, z, y)), plain(net, x0, z, t, r, y, *rest))[1])
     assert run(*TINY, '--batch', 32, '--steps', 1, '--coupling', 'ot') == 0
     x0, z, y = seen[0]
-    data, index = common.shapes(), common.batch_indices(200, 32, 0, 0)
+    data, index = common.shapes(resolution=8), common.batch_indices(200, 32, 0, 0)
     label = {tuple(common.normalise(data.images[i]).flatten().tolist()): int(data.labels[i]) for i in index}
     assert [label[tuple(x.flatten().tolist())] for x in x0] == y.tolist()
     plain_cost = (common.normalise(data.images[index]) - z).square().sum()
@@ -380,16 +398,19 @@ def test_transport_moves_labels_with_their_images(monkeypatch):
 
 
 def test_settings_that_depend_on_coupling_and_schedule(capsys):
-    assert settings(capsys, '--dataset', 'cifar10')['dropout'] == 0 and settings(capsys, '--dataset', 'cifar10')['mu'] == 0.5
+    plain = settings(capsys, '--dataset', 'cifar10')
+    assert (plain['dropout'], plain['mu']) == (0, 0.5)
     assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic')['dropout'] == 0.3
     assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic', '--dropout', 0.1)['dropout'] == 0.1
     tuning = settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect')
-    assert (tuning['mu'], tuning['optimizer'], tuning['c'], tuning['init'], tuning['batch']) == (0.3, 'RAdam', 0, gc_ct.EDM_URL, 128)
+    expected = dict(mu=0.3, optimizer='RAdam', c=0, init=gc_ct.EDM_URL, batch=128)
+    assert {name: tuning[name] for name in expected} == expected
     assert settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect', '--pretrain-steps', 5)['init'] == 'none'
     assert settings(capsys, '--dataset', 'imagenet32')['blocks'] == [3, 5, 7]
     for name in gc_ct.PRESETS:
         if isinstance(name, str):
-            assert settings(capsys, '--dataset', name, '--schedule', 'ect')['q'] == 2 and settings(capsys, '--dataset', name)['s1'] > 10
+            assert settings(capsys, '--dataset', name, '--schedule', 'ect')['q'] == 2
+            assert settings(capsys, '--dataset', name)['s1'] > 10
 
 
 def test_the_papers_network_has_35_8_million_parameters(capsys):
@@ -402,7 +423,7 @@ def test_sampling_takes_levels_downwards_with_fresh_noise():
     assert run(*TINY) == 0
     model = gc_ct.load('runs/gc_ct-shapes')
     net, y = common.network(model, 'fp32', torch.device('cpu')), torch.arange(12) % 10
-    z = [common.randn((12, 3, 16, 16), 3, i, 'sample') for i in range(3)]
+    z = [common.randn((12, 3, 8, 8), 3, i, 'sample') for i in range(3)]
     x = gc_ct.f(net, 80 * z[0], torch.full((12,), 80.0), y, M)
     torch.testing.assert_close(gc_ct.sample(model, 12, seed=3), x.clamp(-1, 1))
     two = gc_ct.f(net, x + 0.821 * z[1], torch.full((12,), 0.821), y, M)
@@ -435,6 +456,7 @@ def test_wrong_flags_of_gc(refused):
 @pytest.mark.assets
 def test_cifar10_trains_and_scores(real, capsys):
     data = real('cifar-10-batches-bin').parent
-    assert run('--dataset', 'cifar10', '--data-dir', data, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 4) == 0
+    cifar = ['--dataset', 'cifar10', '--data-dir', data]
+    assert run(*cifar, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 4) == 0
     assert run('--evaluate', 'runs/gc_ct-cifar10', '--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels') == 0
     assert 'against the 50,000 training images' in capsys.readouterr().out

@@ -14,7 +14,7 @@ import unet
 from conftest import named_weights
 
 DATA = Path(__file__).parent / 'data'
-compiler = pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler')
+compiler = pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='needs a C++ compiler')
 
 
 def tiny(dropout):
@@ -38,7 +38,7 @@ def test_dropout_of_the_cpu(p, layout):
     tolerance = 5 * (p * (1 - p) / x.numel()) ** 0.5
     assert abs(kept.float().mean() - (1 - p)) < tolerance
     for a, b in [(kept[1:], kept[:-1]), (kept[:, 1:], kept[:, :-1]), (kept[..., 1:], kept[..., :-1])]:
-        assert abs((a & b).float().mean() - (1 - p) ** 2) < 2 * tolerance           # neighbours know nothing of each other
+        assert abs((a & b).float().mean() - (1 - p) ** 2) < 2 * tolerance       # neighbours are independent
     out.sum().backward()
     assert torch.equal(x.grad, out.detach()) and unet.drop(x, p, False) is x and unet.drop(x, 0.0, True) is x
 

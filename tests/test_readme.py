@@ -22,9 +22,9 @@ BLOCKS = [re.sub('^    ', '', block.strip('\n'), flags=re.M)
 
 
 def commands():
-    """Every call of a script in the README, with shell loops and variables resolved by bash. -> [[script, flag, ...]]"""
+    """Every call of a script in the README, shell loops and variables resolved by bash. -> [[script, flag, ...]]"""
     shell = ['record() { for word in "$@"; do printf "%s\\0" "$word"; done; printf "\\n\\0"; }',
-             'python() { record "$@"; }', 'torchrun() { record "$@"; }', 'srun() { record "$@"; }']
+             *(f'{name}() {{ record "$@"; }}' for name in ('python', 'torchrun', 'srun'))]
     shell += [block.replace(INSTALL, '') for block in BLOCKS if re.search(r'\b(python|torchrun|srun) ', block)]
     shell += re.findall(r"`(python (?:\w+)\.py(?: [^`|]*)?)`", README)
     done = subprocess.run(['bash', '-ec', '\n'.join(shell)], capture_output=True, text=True, check=True)
@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
     draw = common.shapes
     patch.setattr(common, 'shapes', lambda n=100, resolution=16: draw(n, resolution))
     for name in SCRIPTS:
-        assert Script(name).train('--steps', 2) == 0
+        assert Script(name).train('--steps', 2, '--resolution', 16) == 0
     yield folder
     patch.undo()
 
@@ -82,7 +82,8 @@ def test_each_command_is_understood(runs, monkeypatch, capsys):
                 fid.main(flags)
             continue
         for flag, value in zip(flags, flags[1:]):
-            if flag in ('--sample', '--evaluate', '--analyse', '--init', '--guide', '--out') and not Path(value).exists():
+            uses = flag in ('--sample', '--evaluate', '--analyse', '--init', '--guide', '--out')
+            if uses and not Path(value).exists():
                 if value == 'none' or flag == '--out' and '--resume' not in flags:
                     continue
                 assert 'cifar10' in value or value.split('/')[0] in 'SCF', value
@@ -159,3 +160,9 @@ def test_common_has_nothing_that_one_script_alone_uses():
               if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for name in public:
         assert len(used.get(name, ())) > 1 or used.get(name) & {'common', 'fid', 'unet'}, (name, used.get(name))
+
+
+def test_lines_are_no_longer_than_120():
+    for path in (*ROOT.glob('*.py'), *ROOT.glob('tests/*.py')):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, f'{path.name}:{number}'

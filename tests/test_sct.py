@@ -1,5 +1,5 @@
-"""sct.py against ECT's published losses (`ect_losses.npz`), the published estimator of the posterior mean (`stf_targets.npz`:
-Newbeeer/stf), and data whose exact consistency function is known."""
+"""sct.py against ECT's published losses (`ect_losses.npz`), the published estimator of the posterior mean
+(`stf_targets.npz`: Newbeeer/stf), and data whose exact consistency function is known."""
 import json
 import math
 from pathlib import Path
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import common
-import fid
 import sct
+from conftest import Script, all_shapes
 
 ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
 STF = np.load(Path(__file__).parent / 'data/stf_targets.npz')
-TINY = ['--width', '8', '--blocks', '1', '--batch', '8', '--steps', '4', '--pretrain-steps', '0', '--ref-size', 'batch']
+TINY = Script('sct').small
 
 
 def tensor(golden, name):
@@ -75,7 +75,8 @@ def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
     index, y = torch.arange(16), data.labels[:16] if labelled else None
     data = data if labelled else data._replace(labels=None)
     whole = sct.posterior_mean(x_t, level, sct.references(data, 'all', index, slice(0, 16), x0, y, None))
-    torch.testing.assert_close(whole.double(), exact_mean(x_t, level, common.normalise(data.images), allowed), rtol=0, atol=1e-4)
+    exact = exact_mean(x_t, level, common.normalise(data.images), allowed)
+    torch.testing.assert_close(whole.double(), exact, rtol=0, atol=1e-4)
     monkeypatch.setattr(sct, 'CHUNK', 7 * 192)          # 7 images at a time
     pieces = list(sct.references(data, 'all', index, slice(0, 16), x0, y, None))
     assert all(len(refs) <= 7 for refs, _ in pieces) and sum(len(refs) for refs, _ in pieces) == 500
@@ -91,7 +92,8 @@ def test_one_reference_is_ect_bit_for_bit():
     r = sct.lower_level(t, 3)
 
     def ects(x0, t, r, eps):        # ECT's loss as its paper writes it, in its order of operations
-        student, target = sct.f(toy, x0 + t[:, None, None, None] * eps, t), sct.f(toy, x0 + r[:, None, None, None] * eps, r.clamp(min=1e-9))
+        student = sct.f(toy, x0 + t[:, None, None, None] * eps, t)
+        target = sct.f(toy, x0 + r[:, None, None, None] * eps, r.clamp(min=1e-9))
         target[r == 0] = x0[r == 0]
         return torch.linalg.vector_norm((student - target).flatten(1), dim=1) * (1 / (t - r))
     assert torch.equal(sct.loss(toy, x_t, t, x0_hat, eps_hat, r), ects(x0, t, r, eps))
@@ -112,11 +114,13 @@ def test_references_hold_x0_once_and_share_its_label(ref_size, labels):
                torch.ones(4, len(refs), dtype=torch.bool) if allowed is None else allowed)
               for refs, allowed in sct.references(data, ref_size, index, mine, x_all, y_all, draw)]
     refs, allowed = (torch.cat(parts, dim) for parts, dim in zip(zip(*pieces), (0, 1)))
-    assert len(refs) == {'batch': 8, 'all': 40 if not labels else 40 * len({int(i) % 4 for i in index[mine]}) // 4, '6': 5 + 4}[ref_size]
+    of_classes = 40 if not labels else 40 * len({int(i) % 4 for i in index[mine]}) // 4
+    assert len(refs) == {'batch': 8, 'all': of_classes, '6': 5 + 4}[ref_size]
     for i, own in enumerate(index[mine]):
         mine_among = [j for j in range(len(refs)) if allowed[i, j] and torch.equal(refs[j], x_all[mine][i])]
         assert len(mine_among) == 1
-        usable = {int((common.normalise(data.images) == ref).flatten(1).all(1).nonzero()[0]) for ref in refs[allowed[i]]}
+        number_of = lambda ref: int((common.normalise(data.images) == ref).flatten(1).all(1).nonzero()[0])
+        usable = {number_of(ref) for ref in refs[allowed[i]]}
         if labels:
             assert {j % labels for j in usable} == {int(own) % labels}
         assert len(usable) > 1 or labels
@@ -144,7 +148,7 @@ def test_loss_stops_the_teachers_gradient_and_seeds_both_masks_alike():
     assert scale.grad is not None
     before = scale.grad.clone()
     scale.grad = None
-    fixed = lambda x, c_noise, y: x.detach() * 1.0                       # a teacher of its own: the same values, no gradient
+    fixed = lambda x, c_noise, y: x.detach() * 1.0      # a teacher of its own: the same values, no gradient
     sct.loss(net, x, t, x, x, t / 2, mask=5, teacher=fixed).sum().backward()
     assert torch.equal(before, scale.grad)
 
@@ -191,14 +195,17 @@ def test_phase_edges_and_floors():
 def test_one_phase_is_the_plain_loss_bit_for_bit():
     x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.rand(8) * 5
     x_t, r = x0 + t[:, None, None, None] * eps, sct.lower_level(t, 2)
-    plain = (sct.f(toy, x_t, t) - torch.where(r[:, None, None, None] > 0, sct.f(toy, x0 + r[:, None, None, None] * eps, r.clamp(min=1e-9)), x0))
+    r4 = r[:, None, None, None]
+    plain = sct.f(toy, x_t, t) - torch.where(r4 > 0, sct.f(toy, x0 + r4 * eps, r.clamp(min=1e-9)), x0)
     expected = torch.linalg.vector_norm(plain.flatten(1), dim=1) * (1 / (t - r))
     floor = sct.phase_floor(t, torch.tensor(sct.phase_edges(1)))
     assert torch.equal(sct.loss(toy, x_t, t, x0, eps, r, s=floor), expected)
 
 
 def gaussian_phase_network(edges, deviation=1.0):
-    """F of the exact consistency function per phase for N(0, deviation²): at_level(f, x_t, t, s) ends at the flow's x_s."""
+    """F of the exact consistency function per phase for N(0, deviation²): at_level(f, x_t, t, s) ends at the flow's
+    x_s.
+    """
     def net(x_in, c_noise, y=None):
         t = (4 * c_noise).exp().double()[:, None, None, None]
         s = sct.phase_floor(t.flatten() * (1 - 1e-6), edges.double())[:, None, None, None]
@@ -210,7 +217,7 @@ def gaussian_phase_network(edges, deviation=1.0):
 
 @pytest.mark.parametrize('phases', [1, 2, 4])
 def test_the_exact_function_per_phase_has_no_loss_in_the_limit(phases):
-    """Gaussian data, exact direction eps_hat = x t / (1 + t²): one Euler step from t to r errs by the square of the gap."""
+    """Gaussian data, exact direction eps_hat = x t / (1 + t²): one Euler step from t to r errs by the gap squared."""
     edges = torch.tensor(sct.phase_edges(phases), dtype=torch.float64)
     net = gaussian_phase_network(edges)
     t = torch.logspace(-2, 1.9, 400, dtype=torch.float64)
@@ -246,13 +253,14 @@ def model_of(net, **config):
     """A stand-in for a loaded model: `net` on 1x1 images with the settings that sampling reads."""
     model = torch.nn.Module()
     model.weight, model.label_dim, model.forward = torch.nn.Parameter(torch.zeros(1)), 0, net
-    model.config = dict(precision='fp32', label_dim=0, phases=1, edges=None, eta=1.0, t_mid=0.821, in_channels=1, resolution=1) | config
+    model.config = dict(precision='fp32', label_dim=0, phases=1, edges=None, eta=1.0, t_mid=0.821, in_channels=1,
+                        resolution=1) | config
     return model
 
 
 @pytest.mark.parametrize('phases', [2, 3, 5])
 def test_phased_sampling_follows_the_exact_flow(phases):
-    """With the exact function per phase, M deterministic steps end where the flow ends: 80 z / sqrt(1 + 80²) for N(0, 1)."""
+    """With the exact function per phase, M deterministic steps end where the flow ends: 80 z / sqrt(1 + 80²)."""
     model = model_of(gaussian_phase_network(torch.tensor(sct.phase_edges(phases), dtype=torch.float64)), phases=phases)
     z = common.randn((100, 1, 1, 1), 0, 0, 'sample')
     end = (80 * z / (1 + 80 ** 2) ** 0.5).clamp(-1, 1)
@@ -266,8 +274,8 @@ def test_phased_sampling_follows_the_exact_flow(phases):
 
 
 def test_edge_skipping_spares_the_place_where_a_smooth_network_must_fail():
-    """A network with a Lipschitz bound cannot jump at an edge. Around the edge s its output ramps between the two phases' exact
-    functions, over +-10 % in t; so at t = s itself it is half wrong, and at eta s, eta < 1, less so.
+    """A network with a Lipschitz bound cannot jump at an edge. Around the edge s its output ramps between the two
+    phases' exact functions, over +-10 % in t; so at t = s itself it is half wrong, and at eta s, eta < 1, less so.
     """
     edges = torch.tensor(sct.phase_edges(2), dtype=torch.float64)
     exact, s = gaussian_phase_network(edges), sct.phase_edges(2)[1]
@@ -291,8 +299,8 @@ def test_guidance():
     assert torch.equal(sct.sample(good, 20, guide=bad, guidance=0.0), sct.sample(bad, 20))
     pushed = sct.sample(good, 20, guide=bad, guidance=1.5)
     close(pushed, (plain + 0.5 * (plain - sct.sample(bad, 20))).clamp(-1, 1))
-    away = (pushed - sct.sample(bad, 20)).abs()
-    assert (away >= (plain - sct.sample(bad, 20)).abs() - 1e-6).all() and away.sum() > (plain - sct.sample(bad, 20)).abs().sum()
+    away, before = ((images - sct.sample(bad, 20)).abs() for images in (pushed, plain))
+    assert (away >= before - 1e-6).all() and away.sum() > before.sum()
 
 
 # Oracles
@@ -320,7 +328,8 @@ def test_training_approaches_the_exact_consistency_function(ref_size):
     Error bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80.
     """
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                 torch.nn.Linear(64, 1))
 
     def net(x_in, c_noise, y=None):
         c = c_noise[:, None]
@@ -350,7 +359,8 @@ def test_references_lower_the_variance_of_the_target():
     data = common.Data(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), None, 0, None)
     x_t, t = torch.randn(8, 3, 4, 4) * 3, torch.full((8,), 3.0)
     index = torch.arange(8)
-    hats = [sct.target(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0] for i in (index, index + 20)]
+    hats = [sct.target(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0]
+            for i in (index, index + 20)]
     assert torch.equal(*hats)
 
 
@@ -377,13 +387,14 @@ def few_shapes(monkeypatch, tmp_path):
 def test_a_run_writes_its_folder(flags):
     assert run(*TINY, '--sample-every', 2, '--eval-every', 4, '--fid-num', 10, *flags) == 0
     out = Path('runs/sct-shapes')
-    assert {p.name for p in out.iterdir()} == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt'}
+    assert {p.name for p in out.iterdir()} == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt',
+                                               'final.pt', 'best.pt'}
     assert sorted(p.name for p in (out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
     steps = [line for line in lines(out) if 'loss' in line]
     assert [line['step'] for line in steps] == [1, 2, 3, 4] and all(math.isfinite(line['loss']) for line in steps)
     assert any(name.startswith('pixel-FD (10 images against the 200 training images), ') for name in lines(out)[-1])
     state = torch.load(out / 'final.pt', weights_only=True)
-    assert all(isinstance(value, torch.Tensor) for value in state.values()) and 'enc.16x16_conv.weight' in state
+    assert all(isinstance(value, torch.Tensor) for value in state.values()) and 'enc.8x8_conv.weight' in state
 
 
 @pytest.mark.parametrize('schedule, phases', [('ect', 1), ('smooth', 3)])
@@ -392,7 +403,8 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, schedule, phases):
     seen, plain = [], sct.loss
     monkeypatch.setattr(sct, 'loss', lambda net, x_t, t, x0_hat, eps_hat, r, *rest: (
         seen.append((x_t, t, x0_hat, eps_hat, r, rest[-1])), plain(net, x_t, t, x0_hat, eps_hat, r, *rest))[1])
-    assert run(*TINY, '--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--schedule', schedule, '--phases', phases, '--stages', 4) == 0
+    assert run(*TINY, '--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--schedule', schedule, '--phases', phases,
+               '--stages', 4) == 0
     edges = torch.tensor(sct.phase_edges(phases))
     assert len(seen) == 4                                                       # the first step was pretraining
     for step, (x_t, t, x0_hat, eps_hat, r, s) in enumerate(seen):
@@ -404,12 +416,13 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, schedule, phases):
 
 
 @pytest.mark.parametrize('ref_size', ['batch', 'all'])
-def test_two_processes_equal_one(command, ref_size, tmp_path):
+def test_two_processes_equal_one(command, monkeypatch, ref_size, tmp_path):
     """20 steps, dropout 0, gloo: losses and weights agree to rounding."""
-    flags = [*TINY, '--steps', 20, '--resolution', 8, '--pretrain-steps', 5, '--ref-size', ref_size, '--device', 'cpu']
-    for out, gpus in [('one', 1), ('two', 2)]:
-        done = command('sct.py', *flags, '--out', out, '--gpus', gpus)
-        assert done.returncode == 0, done.stderr
+    flags = [*TINY, '--steps', 20, '--pretrain-steps', 5, '--ref-size', ref_size, '--device', 'cpu']
+    monkeypatch.setattr(common, 'shapes', all_shapes)               # as many as the command draws
+    assert run(*flags, '--out', 'one') == 0
+    done = command('sct.py', *flags, '--out', 'two', '--gpus', 2)
+    assert done.returncode == 0, done.stderr
     one, two = ([line['loss'] for line in lines(tmp_path / out)[:20]] for out in ('one', 'two'))
     np.testing.assert_allclose(one, two, rtol=2e-4)
     one, two = (torch.load(tmp_path / out / 'final.pt', weights_only=True) for out in ('one', 'two'))
@@ -421,15 +434,15 @@ def test_sampling():
     assert run(*TINY) == 0
     model = sct.load('runs/sct-shapes')
     one = sct.sample(model, 12, seed=3)
-    assert one.shape == (12, 3, 16, 16) and one.abs().max() <= 1
+    assert one.shape == (12, 3, 8, 8) and one.abs().max() <= 1
     assert torch.equal(one, sct.sample(model, 12, seed=3)) and not torch.equal(one, sct.sample(model, 12, seed=4))
-    z = common.randn((12, 3, 16, 16), 3, 0, 'sample')
+    z = common.randn((12, 3, 8, 8), 3, 0, 'sample')
     net = common.network(model, 'fp32', torch.device('cpu'))
     y = torch.arange(12) % 10
     first = sct.f(net, 80 * z, torch.full((12,), 80.0), y, 0.002)
     torch.testing.assert_close(one, first.clamp(-1, 1))
     mid = torch.full((12,), 0.821)
-    second = sct.f(net, first + 0.821 * common.randn((12, 3, 16, 16), 3, 1, 'sample'), mid, y, 0.002)
+    second = sct.f(net, first + 0.821 * common.randn((12, 3, 8, 8), 3, 1, 'sample'), mid, y, 0.002)
     torch.testing.assert_close(sct.sample(model, 12, nfe=2, seed=3), second.clamp(-1, 1))
     assert not torch.equal(sct.sample(model, 12, labels=[7], seed=3), one)
 
@@ -475,8 +488,10 @@ def test_where_training_starts(capsys, refused, tmp_path):
     assert run(*TINY, '--lr', 0, '--init', 'runs/sct-shapes/final.pt', '--out', 'again') == 0
     again = torch.load('again/final.pt', weights_only=True)
     assert start.keys() == again.keys() and all(torch.equal(start[name], again[name]) for name in start)
-    refused(sct, [*TINY, '--width', 16, '--init', 'runs/sct-shapes/final.pt', '--out', 'x'], 'final.pt does not fit', '[16, ', '[8, ')
-    refused(sct, [*TINY, '--init', 'http://127.0.0.1:9/net.pkl', '--out', 'x'], '127.0.0.1:9/net.pkl', '--init', '--pretrain-steps')
+    refused(sct, [*TINY, '--width', 16, '--init', 'runs/sct-shapes/final.pt', '--out', 'x'],
+            'final.pt does not fit', '[16, ', '[8, ')
+    refused(sct, [*TINY, '--init', 'http://127.0.0.1:9/net.pkl', '--out', 'x'],
+            '127.0.0.1:9/net.pkl', '--init', '--pretrain-steps')
     assert not Path('x').exists()
 
 
@@ -487,25 +502,28 @@ def test_a_run_of_diffusion_alone():
 @pytest.mark.parametrize('size, width', [('', 192), ('-m', 256), ('-l', 320), ('-xl', 384)])
 def test_imagenet64_presets(capsys, size, width):
     values = settings(capsys, '--dataset', f'imagenet64{size}')
-    assert (values['arch'], values['width'], values['cond'], values['q'], values['c'], values['ema_std']) == ('edm2', width, True, 4, 0.06, 0.1)
+    expected = dict(arch='edm2', width=width, cond=True, q=4, c=0.06, ema_std=0.1)
+    assert {name: values[name] for name in expected} == expected
 
 
 def test_edm2_trains_and_samples():
-    assert run(*TINY, '--arch', 'edm2', '--width', 64, '--mults', '1,1', '--dropout', 0.1, '--ema-std', 0.1, '--lr-decay', 2) == 0
+    assert run(*TINY, '--arch', 'edm2', '--width', 64, '--dropout', 0.1, '--ema-std', 0.1, '--lr-decay', 2) == 0
     images = sct.sample(sct.load('runs/sct-shapes'), 4, nfe=2)
-    assert images.shape == (4, 3, 16, 16) and images.isfinite().all()
+    assert images.shape == (4, 3, 8, 8) and images.isfinite().all()
 
 
 @pytest.mark.parametrize('arch', [[], ['--arch', 'edm2', '--width', '64']])
 def test_noise_levels_are_float32_in_16_bit_networks(arch):
     """Neighbouring levels t and r differ as they do in float32: their embedding is not rounded to 16 bits."""
-    assert run(*TINY, *arch, '--mults', '1,1') == 0
+    assert run(*TINY, *arch) == 0
     model, outs = sct.load('runs/sct-shapes'), {}
     t = torch.tensor([1.0, 1.0 - 1 / 256])
     name = 'map_layer1' if not arch else 'emb_noise'
     for precision in ('fp32', 'bf16'):
-        hook = getattr(model, name).register_forward_hook(lambda module, x, out: outs.__setitem__(precision, out.float()))
-        common.network(model, precision, torch.device('cpu'))(torch.zeros(2, 3, 16, 16), t.log() / 4, torch.tensor([0, 0]))
+        note = lambda module, x, out: outs.__setitem__(precision, out.float())
+        hook = getattr(model, name).register_forward_hook(note)
+        net = common.network(model, precision, torch.device('cpu'))
+        net(torch.zeros(2, 3, 8, 8), t.log() / 4, torch.tensor([0, 0]))
         hook.remove()
     assert torch.equal(outs['fp32'], outs['bf16']) and not torch.equal(*outs['fp32'])
 
@@ -550,6 +568,7 @@ def test_wrong_flags(refused, tmp_path, monkeypatch):
 @pytest.mark.assets
 def test_cifar10_trains_samples_and_scores(real, capsys):
     data = real('cifar-10-batches-bin').parent
-    assert run('--dataset', 'cifar10', '--data-dir', data, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 6, '--ref-size', 100) == 0
+    cifar = ['--dataset', 'cifar10', '--data-dir', data]
+    assert run(*cifar, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 6, '--ref-size', 100) == 0
     assert run('--evaluate', 'runs/sct-cifar10', '--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels') == 0
     assert 'against the 50,000 training images' in capsys.readouterr().out

@@ -20,25 +20,27 @@ from conftest import ROOT, SCRIPTS, Script, lines, same, weights
 # Killed
 
 def start(name, cwd, *flags):
-    return subprocess.Popen([sys.executable, str(ROOT / f'{name}.py'), *map(str, flags)], cwd=cwd, text=True, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    return subprocess.Popen([sys.executable, str(ROOT / f'{name}.py'), *map(str, flags)], cwd=cwd, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                            env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name, gpus, kills', [*((name, 1, 20) for name in SCRIPTS), ('sct', 2, 5)])
 def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, tmp_path):
     """SIGKILL at random moments, resumed each time: the same weights bit for bit, and every step noted once."""
-    flags = [*Script(name).small, '--resolution', 8, '--mults', '1,1', '--steps', 2000, '--pretrain-steps', 100, '--save-every', 25, '--dropout', 0.1,
-             '--lr', '1e-4', '--device', 'cpu', '--gpus', gpus, '--eval-every', 1000, '--fid-num', 20, '--sample-every', 500]
+    flags = [*Script(name).small, '--dropout', 0.1, '--lr', '1e-4', '--steps', 2000, '--pretrain-steps', 100,
+             '--save-every', 25, '--sample-every', 500, '--eval-every', 1000, '--device', 'cpu', '--gpus', gpus]
     whole = start(name, tmp_path, *flags, '--out', 'whole')
     assert whole.wait() == 0, whole.stderr.read()
     moments, done = random.Random(name), 0
     for i in range(kills):
         begun = (tmp_path / 'killed/config.json').exists()
-        process = start(name, tmp_path, *(['--resume', '--gpus', gpus] if begun else [*flags, '--overwrite']), '--out', 'killed')
+        how = ['--resume', '--gpus', gpus] if begun else [*flags, '--overwrite']
+        process = start(name, tmp_path, *how, '--out', 'killed')
         path = tmp_path / 'killed/metrics.jsonl'
         before = path.stat().st_mtime_ns if path.exists() else 0
-        begin = time.monotonic()                                                # some die while starting, most while training
+        begin = time.monotonic()                                # some die while starting, most while training
         while i % 4 and time.monotonic() - begin < 30 and not (path.exists() and path.stat().st_mtime_ns > before):
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.8))
@@ -47,7 +49,7 @@ def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, t
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        time.sleep(0.3)                                                         # the copies notice that their parent is gone
+        time.sleep(0.3)                                         # the copies notice that their parent is gone
     assert done > kills / 2
     last = start(name, tmp_path, '--resume', '--out', 'killed', '--gpus', gpus)
     assert last.wait() == 0, last.stderr.read()
@@ -56,10 +58,11 @@ def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, t
     assert steps == list(range(1, 2001)) and lines(tmp_path / 'whole') == lines(tmp_path / 'killed')
 
 
-def test_a_dead_process_ends_the_others(tmp_path):
+def test_a_dead_process_ends_the_others(few_pictures, tmp_path):
     """Within seconds, not after a timeout, and with a code that says so."""
-    process = start('sct', tmp_path, *Script('sct').small, '--resolution', 8, '--steps', 100_000, '--device', 'cpu', '--gpus', 2)
-    metrics = tmp_path / 'runs/sct-shapes/metrics.jsonl'
+    process = start('sct', tmp_path, *few_pictures, *Script('sct').small, '--steps', 100_000, '--device', 'cpu',
+                    '--gpus', 2, '--out', 'run')
+    metrics = tmp_path / 'run/metrics.jsonl'
     while not (metrics.exists() and metrics.read_text().count('\n') > 2):
         assert process.poll() is None
         time.sleep(0.1)
@@ -81,8 +84,8 @@ def test_resuming_before_the_first_checkpoint_starts_over(script, capsys):
 # Cut
 
 def test_a_cut_checkpoint_falls_back_or_is_refused(script, capsys):
-    assert script.train('--save-every', 2) == 0
-    whole, last = (script.out / 'checkpoint.pt').read_bytes(), torch.load(script.out / 'checkpoint.pt', weights_only=True)['step']
+    assert script.train('--save-every', 2, '--mults', 1) == 0               # few tensors: they are read a hundred times
+    whole, last = (script.out / 'checkpoint.pt').read_bytes(), weights(script.out, 'checkpoint.pt')['step']
     cuts = random.Random(0)
     for _ in range(50):
         (script.out / 'checkpoint.pt').write_bytes(whole[:cuts.randrange(len(whole))])
@@ -119,7 +122,9 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
 # Full
 
 def test_training_goes_on_when_the_disk_is_full(script, monkeypatch, capsys):
-    """Every write fails from the second checkpoint on, until the last steps: what could not be written is told, the old stays whole."""
+    """Every write fails from the second checkpoint on, until the last steps: what could not be written is told, and the
+    old stays whole.
+    """
     plain, step_of = common.write_atomic, []
 
     def full(path, write, previous=None):
@@ -128,15 +133,17 @@ def test_training_goes_on_when_the_disk_is_full(script, monkeypatch, capsys):
         return plain(path, write, previous)
     monkeypatch.setattr(common, 'write_atomic', full)
     log = common.Log.step
-    monkeypatch.setattr(common.Log, 'step', lambda self, step, **values: (step_of.append(step), log(self, step, **values)))
+    monkeypatch.setattr(common.Log, 'step', lambda self, step, **values: (
+        step_of.append(step), log(self, step, **values)))
     states = []
     finish = common.save_checkpoint
-    monkeypatch.setattr(common, 'save_checkpoint', lambda *a, **k: (finish(*a, **k), states.append(
-        torch.load(script.out / 'checkpoint.pt', weights_only=True)['step'])))
+    monkeypatch.setattr(common, 'save_checkpoint', lambda *a, **k: (
+        finish(*a, **k), states.append(weights(script.out, 'checkpoint.pt')['step'])))
     assert script.train('--steps', 10, '--save-every', 2, '--sample-every', 5) == 0
     out = capsys.readouterr().out
     assert states == [2, 2, 2, 2, 10]
-    assert out.count('checkpoint.pt of step') == 3 and 'No space left on device' in out and 'the pictures of step 5' in out
+    assert out.count('checkpoint.pt of step') == 3 and 'No space left on device' in out
+    assert 'the pictures of step 5' in out
     assert [line['step'] for line in lines(script.out) if 'loss' in line] == list(range(1, 11))
 
 
@@ -155,7 +162,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, capsys):
                 common.save_final(args, net)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert common.load_checkpoint(tmp_path)['step'] == 1 and [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
+        assert common.load_checkpoint(tmp_path)['step'] == 1
+        assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
     assert capsys.readouterr().out.count('training goes on') == 120
 
 
@@ -163,7 +171,8 @@ def test_a_benchmark_leaves_a_run_alone(script, monkeypatch):
     assert script.train() == 0
     before = {path: path.read_bytes() for path in script.out.rglob('*') if path.is_file()}
     step = common.Log.step
-    monkeypatch.setattr(common.Log, 'step', lambda self, *a, **k: (step(self, *a, **k), setattr(self, 'stop', True)))      # Ctrl-C
+    monkeypatch.setattr(common.Log, 'step', lambda self, done, **values: (
+        step(self, done, **values), setattr(self, 'stop', done == 2)))          # Ctrl-C in the second step
     assert script.train('--benchmark', 3) == 0
     assert before == {path: path.read_bytes() for path in script.out.rglob('*') if path.is_file()}
 
@@ -187,12 +196,12 @@ def test_a_run_starts_from_another(script, refused):
 
 
 def test_lines_of_the_log_that_a_full_disk_refuses_are_kept(tmp_path, monkeypatch, capsys):
-    args = common.argparse.Namespace(out=str(tmp_path), resume=False, benchmark=None, save_every=None, sample_every=None, eval_every=None,
-                                     steps=100, batch=1, script='sct')
+    args = common.argparse.Namespace(out=str(tmp_path), resume=False, benchmark=None, save_every=None,
+                                     sample_every=None, eval_every=None, steps=100, batch=1, script='sct')
     log = common.Log(args, 0, torch.device('cpu'))
     log.write({'step': 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limit[1]))                   # a file that may not grow: as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limit[1]))           # a file that may not grow: as a full disk
     try:
         log.write({'step': 2, 'loss': 1.25})
         log.write({'step': 3, 'loss': 1.5})
@@ -211,7 +220,8 @@ def test_a_small_disk_filled_to_the_brim(tmp_path):
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', disk], capture_output=True).returncode:
         pytest.skip('may not mount a file system')
     try:
-        process = start('sct', tmp_path, *Script('sct').small, '--resolution', 8, '--mults', '1,1', '--steps', 3000, '--save-every', 20, '--sample-every', 100, '--out', disk / 'run')
+        process = start('sct', tmp_path, *Script('sct').small, '--steps', 3000, '--save-every', 20,
+                        '--sample-every', 100, '--out', disk / 'run')
         while not (disk / 'run/previous.pt').exists():
             time.sleep(0.1)
         with open(disk / 'filler', 'wb', buffering=0) as file:
@@ -248,8 +258,10 @@ def test_gradients_that_are_not_finite_are_counted(script, monkeypatch):
 
 # Called wrongly
 
-HOSTILE = ['-1', '0', '1', '2', '7', '0.5', '1e-3', 'nan', 'inf', '-inf', '1e308', str(10 ** 30), str(2 ** 63), 'abc', '', ' ', '1,2', '1,2,3,4,5,6,7,8,9',
-           ',', 'None', '../../escape', '/nonexistent/file', '/dev/null', '/', 'file', 'folder', 'broken.pt', 'http://127.0.0.1:9/x', '\u00fc\u4e2d', '--', '%s']
+HOSTILE = ['-1', '0', '1', '2', '7', '0.5', '1e-3', 'nan', 'inf', '-inf', '1e308', str(10 ** 30), str(2 ** 63), 'abc',
+           '', ' ', '1,2', '1,2,3,4,5,6,7,8,9', ',', 'None', '../../escape', '/nonexistent/file', '/dev/null', '/',
+           'file', 'folder', 'broken.pt', 'http://127.0.0.1:9/x', '\u00fc\u4e2d', '--', '%s']
+USES_A_RUN = ['--sample', '--evaluate', '--analyse', '--guide']
 
 
 @pytest.mark.parametrize('count', [60, pytest.param(500, marks=pytest.mark.slow)])
@@ -258,19 +270,23 @@ def test_random_command_lines(script, count, tmp_path, monkeypatch, capsys):
     Path('file').write_text('text')
     Path('folder').mkdir()
     Path('broken.pt').write_bytes(b'PK\x03\x04 not really')
-    assert script.train('--steps', 1, '--resolution', 8, '--mults', '1,1', '--out', 'good') == 0
-    flags = {}
-    monkeypatch.setattr(common.Parser, 'parse_args', lambda self, *a, keep=common.Parser.parse_args: (flags.update(
-        {action.option_strings[-1]: action.nargs for action in self._actions if action.option_strings}), keep(self, *a))[1])
+    assert script.train('--steps', 1, '--out', 'good') == 0
+    flags, parse_args = {}, common.Parser.parse_args
+
+    def note_flags(self, *rest):
+        flags.update({action.option_strings[-1]: action.nargs for action in self._actions if action.option_strings})
+        return parse_args(self, *rest)
+    monkeypatch.setattr(common.Parser, 'parse_args', note_flags)
     script.run('--dry-run')
     names = sorted(set(flags) - {'--help', '-h', '--compile', '--out', '--debug'})
     chance, files = random.Random(script.name), {str(p) for p in Path('.').rglob('*')}
-    base = [*script.small, '--steps', '1', '--resolution', '8', '--mults', '1,1', '--fid-num', '4', '--n', '4', '--out', 'out', '--overwrite']
+    base = [*script.small, '--steps', '1', '--fid-num', '4', '--n', '4', '--out', 'out', '--overwrite']
     for _ in range(count):
         extra = []
         for name in chance.sample(names, chance.choice([1, 1, 2, 3])):
-            extra += [name] if flags[name] == 0 else [name, 'good' if name in ('--sample', '--evaluate', '--analyse', '--guide') and chance.random() < 0.5
-                                                      else chance.choice(HOSTILE)]
+            extra.append(name)
+            if flags[name] != 0:                                                # it takes a value
+                extra.append('good' if name in USES_A_RUN and chance.random() < 0.5 else chance.choice(HOSTILE))
         capsys.readouterr()
         begin = time.monotonic()
         try:

@@ -14,10 +14,10 @@ from PIL import Image
 
 import common
 import vct
+from conftest import SCRIPTS, TINY_NETWORK, Script, same
 
 VCT = np.load(Path(__file__).parent / 'data/vct_losses.npz')
-TINY = ['--width', '8', '--mults', '1,1', '--blocks', '1', '--batch', '8', '--steps', '4', '--pretrain-steps', '0', '--eval-every', '4',
-        '--fid-num', '10']
+TINY = Script('vct').small
 
 
 def tensor(name):
@@ -41,7 +41,8 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 
 # The published mathematics
 
-CASES = sorted(name.removesuffix(':eps') for name in VCT.files if name.endswith(':eps') and not name.startswith('sample'))
+CASES = sorted(name.removesuffix(':eps') for name in VCT.files
+               if name.endswith(':eps') and not name.startswith('sample'))
 PUBLISHED = {'ict': vct.PRESETS['cifar10', 'ict'], 'ecm_cifar': vct.PRESETS['cifar10', 'ecm'],
              'ecm_imagenet': vct.PRESETS['imagenet64', 'ecm'] | dict(beta=10.0)}
 
@@ -53,7 +54,7 @@ def levels(args, name, step):
         assert n == VCT[f'{name}:num_timesteps']
         sigmas, _ = vct.level_table(n, args.P_mean, args.P_std, torch.device('cpu'))
         low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-        rounded = (low + torch.arange(n) / (n - 1) * (high - low)) ** 7         # in float32, which costs gaps of 1281 levels 1e-4
+        rounded = (low + torch.arange(n) / (n - 1) * (high - low)) ** 7     # in float32: costs gaps of 1281 levels 1e-4
         close(sigmas, rounded, rtol=1e-5, atol=0)
         return rounded[tensor(f'{name}:index') + 1], rounded[tensor(f'{name}:index')], (rounded[-1], rounded[-2])
     t = vct.upper_level(tensor(f'{name}:randn_t'), args.P_mean, args.P_std, args.kernel)
@@ -69,8 +70,9 @@ def test_losses_are_the_published_ones(name):
     t, r, last = levels(args, name, int(step))
     eps, kl = vct.emit(toy_encoder if coupling == 'vae' else None, x0, tensor(f'{name}:eps'))
     weighted, distance = vct.loss(toy, x0, eps, t, r, **vct.loss_settings(args))
+    total = weighted + vct.kl_weight(args.beta, *last, args.weighting) * kl
     close(distance.mean(), VCT[f'{name}:consistency_loss'], rtol=2e-5, atol=0)
-    close((weighted + vct.kl_weight(args.beta, *last, args.weighting) * kl).mean(), VCT[f'{name}:loss'], rtol=2e-5, atol=0)
+    close(total.mean(), VCT[f'{name}:loss'], rtol=2e-5, atol=0)
     if coupling == 'vae':
         close(kl.mean(), VCT[f'{name}:kl_divergence'], atol=0)
     else:
@@ -91,8 +93,8 @@ def model_of(net, encoder=None, **config):
     if encoder:
         model.encoder = torch.nn.Module()
         model.encoder.label_dim, model.encoder.forward = 0, encoder
-    model.config = dict(precision='fp32', label_dim=0, coupling='vc' if encoder else 'independent', kernel='ve', t_mid=0.821,
-                        in_channels=3, resolution=8) | config
+    model.config = dict(precision='fp32', label_dim=0, coupling='vc' if encoder else 'independent', kernel='ve',
+                        t_mid=0.821, in_channels=3, resolution=8) | config
     return model
 
 
@@ -101,7 +103,7 @@ def model_of(net, encoder=None, **config):
 def test_sampler_is_the_published_one(kernel, coupling, monkeypatch):
     name = f'sample_{kernel}_{coupling}'
     monkeypatch.setattr(common, 'randn', lambda shape, seed, i, stream: tensor(f'{name}:{["z", "eps"][i]}').float())
-    monkeypatch.setattr(torch.Tensor, 'clamp', lambda x, low, high: x)                          # theirs clips when it saves
+    monkeypatch.setattr(torch.Tensor, 'clamp', lambda x, low, high: x)              # theirs clips when it saves
     images = vct.sample(model_of(toy, toy_encoder if coupling == 'vae' else None, kernel=kernel), 4, nfe=2)
     close(images, VCT[f'{name}:out'])
 
@@ -116,7 +118,7 @@ def test_one_step_needs_no_encoder_and_stays_within_range():
 @pytest.mark.parametrize('kernel', ['ve', 'li'])
 @pytest.mark.parametrize('m', [0.0, 0.002])
 def test_boundary_of_the_consistency_function(kernel, m):
-    """f(x, m) = x; far from there f is what the preconditioning's definition makes of it, by hand at t = 1 and sigma_max."""
+    """f(x, m) = x; far from there f is what the preconditioning's definition makes of it, at t = 1 and sigma_max."""
     x, s = torch.randn(2, 3, 4, 4), 0.5
     if m:
         assert torch.equal(vct.f(toy, x, torch.full((2,), m), m=m, kernel=kernel), x)
@@ -125,7 +127,8 @@ def test_boundary_of_the_consistency_function(kernel, m):
     for t in (1.0, 80.0):
         a, b = (1, 1) if kernel == 've' else (1 - t / 80, 1 - (t - m) / (80 - m))
         c_in = (s * s * a * a + t * t) ** -0.5
-        by_hand = s * s * b / ((t - m) ** 2 + s * s * b * b) * x + (t - m) * s * c_in * toy(c_in * x, torch.full((2,), math.log(t) / 4))
+        c_skip, c_out = s * s * b / ((t - m) ** 2 + s * s * b * b), (t - m) * s * c_in
+        by_hand = c_skip * x + c_out * toy(c_in * x, torch.full((2,), math.log(t) / 4))
         torch.testing.assert_close(vct.f(toy, x, torch.full((2,), t), m=m, kernel=kernel), by_hand)
 
 
@@ -134,15 +137,19 @@ def test_both_paths_lead_from_image_to_noise():
     for kernel in ('ve', 'li'):
         assert torch.equal(vct.path(x0, eps, torch.zeros(2), kernel), x0)
     end = torch.full((2,), 80.0)
-    assert torch.equal(vct.path(x0, eps, end, 'li'), 80 * eps) and torch.equal(vct.path(x0, eps, end, 've'), x0 + 80 * eps)
-    assert vct.upper_level(torch.full((1,), 9.0), -1.1, 2.0, 'li') == 80 < vct.upper_level(torch.full((1,), 9.0), -1.1, 2.0)
+    assert torch.equal(vct.path(x0, eps, end, 'li'), 80 * eps)
+    assert torch.equal(vct.path(x0, eps, end, 've'), x0 + 80 * eps)
+    high = torch.full((1,), 9.0)
+    assert vct.upper_level(high, -1.1, 2.0, 'li') == 80 < vct.upper_level(high, -1.1, 2.0)
 
 
 def test_kl_is_the_closed_form():
     mu, std = torch.randn(4, 3, 2, 2), torch.rand(4, 3, 2, 2) + 0.01
     normal = torch.distributions.Normal
-    torch.testing.assert_close(vct.kl_divergence(mu, std), torch.distributions.kl_divergence(normal(mu, std), normal(0.0, 1.0)))
-    eps, kl = vct.emit(lambda x, c, y: torch.cat([mu, std.expm1().log()], 1), mu, torch.ones_like(mu))      # inverse of softplus
+    closed_form = torch.distributions.kl_divergence(normal(mu, std), normal(0.0, 1.0))
+    torch.testing.assert_close(vct.kl_divergence(mu, std), closed_form)
+    encoder = lambda x, c, y: torch.cat([mu, std.expm1().log()], 1)             # inverse of softplus
+    eps, kl = vct.emit(encoder, mu, torch.ones_like(mu))
     torch.testing.assert_close(eps, mu + std)
     torch.testing.assert_close(kl, vct.kl_divergence(mu, std).sum((1, 2, 3)))
 
@@ -184,11 +191,12 @@ def test_optimal_transport_pairs_at_the_least_distance():
 def test_training_approaches_the_exact_consistency_function(base, kernel):
     """N(0, 1) data, a small network, this script's own levels and loss: with `ve` f -> x / sqrt(1 + t²).
 
-    With `li` x_t has the deviation sqrt(a² + t²), a = 1 - t / sigma_max, and the flow is linear too. Error bound: 5 % of the
-    data's deviation, root mean square over x_t and over t from 0.02 to 80.
+    With `li` x_t has the deviation sqrt(a² + t²), a = 1 - t / sigma_max, and the flow is linear too. Error bound: 5 %
+    of the data's deviation, root mean square over x_t and over t from 0.02 to 80.
     """
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                 torch.nn.Linear(64, 1))
 
     def net(x_in, c_noise, y=None):
         c = c_noise[:, None]
@@ -264,21 +272,23 @@ def few_shapes(monkeypatch, tmp_path):
 @pytest.mark.parametrize('flags', [
     ['--base', base, '--kernel', kernel, '--coupling', coupling] for base in ('ict', 'ecm') for kernel in ('ve', 'li')
     for coupling in ('independent', 'ot', 'vc')] + [
-    ['--no-cond'], ['--pretrain-steps', '2'], ['--base', 'ecm', '--pretrain-steps', '4'], ['--encoder', 'big', '--dropout', '0.2'],
-    ['--huber', 'vector', '--precision', 'bf16', '--microbatch', '3'], ['--arch', 'edm2', '--width', '64', '--mults', '1,1']])
+    ['--no-cond'], ['--pretrain-steps', '2'], ['--base', 'ecm', '--pretrain-steps', '4'],
+    ['--encoder', 'big', '--dropout', '0.2'], ['--huber', 'vector', '--precision', 'bf16', '--microbatch', '3'],
+    ['--arch', 'edm2', '--width', '64']])
 def test_a_run_writes_its_folder(flags):
     if 'ot' in flags:
         pytest.importorskip('scipy')
     assert run(*TINY, '--sample-every', 2, *flags) == 0
     out = Path('runs/vct-shapes')
     vc = set() if 'independent' in flags or 'ot' in flags else {'final-encoder.pt', 'best-encoder.pt'}
-    assert {p.name for p in out.iterdir()} == {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt'} | vc
+    always = {'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt'}
+    assert {p.name for p in out.iterdir()} == always | vc
     assert sorted(p.name for p in (out / 'samples').iterdir()) == ['0000002.png', '0000004.png']
     steps = [line for line in lines() if 'loss' in line]
     assert [line['step'] for line in steps] == [1, 2, 3, 4]
     assert all(math.isfinite(line[name]) for line in steps for name in ('loss', 'consistency', 'kl', 'grad_norm'))
     assert all((line['kl'] > 0) == bool(vc) for line in steps)
-    assert 'enc.16x16_conv.weight' in weights() and not any(name.startswith('encoder') for name in weights())
+    assert 'enc.8x8_conv.weight' in weights() and not any(name.startswith('encoder') for name in weights())
 
 
 def test_without_scipy_transport_says_what_to_install(refused, monkeypatch):
@@ -292,27 +302,32 @@ def test_noise_of_mean_0_and_deviation_1_is_independent_bit_for_bit(base, monkey
     monkeypatch.setattr(vct, 'encode', lambda encoder, x0, y=None: (torch.zeros_like(x0), torch.ones_like(x0)))
     assert run(*TINY, '--base', base, '--coupling', 'vc', '--out', 'b') == 0
     assert lines('a') == lines('b') and lines('a')[0]['kl'] == 0
-    assert all(torch.equal(value, weights('b')[name]) for name, value in weights('a').items())
+    assert same(weights('a'), weights('b'))
 
 
-@pytest.mark.parametrize('base, kernel, coupling', [('ict', 've', 'vc'), ('ecm', 'li', 'vc'), ('ict', 'li', 'ot'), ('ecm', 've', 'independent')])
+@pytest.mark.parametrize('base, kernel, coupling', [
+    ('ict', 've', 'vc'), ('ecm', 'li', 'vc'), ('ict', 'li', 'ot'), ('ecm', 've', 'independent')])
 def test_the_pairs_that_a_run_trains_on(monkeypatch, base, kernel, coupling):
-    """Levels, images, labels, noise and weights, as the loop hands them to the loss, and what it makes of the result."""
+    """Levels, images, labels, noise, weights, as the loop hands them to the loss, and what it makes of the result."""
     if coupling == 'ot':
         pytest.importorskip('scipy')
     seen, lasts, loss, weight = [], [], vct.loss, vct.kl_weight
-    monkeypatch.setattr(vct, 'loss', lambda net, *rest, **settings: seen.append((rest, settings, loss(net, *rest, **settings))) or seen[-1][2])
+
+    def note(net, *rest, **settings):
+        seen.append((rest, settings, loss(net, *rest, **settings)))
+        return seen[-1][2]
+    monkeypatch.setattr(vct, 'loss', note)
     monkeypatch.setattr(vct, 'kl_weight', lambda *rest: lasts.append(rest) or weight(*rest))
-    assert run(*TINY, '--base', base, '--kernel', kernel, '--coupling', coupling, '--batch', 64, '--steps', 5, '--pretrain-steps', 1,
-               '--stages', 4, '--s0', 4, '--s1', 16, '--beta', 3, '--cond') == 0
-    data = common.shapes()
+    assert run(*TINY, '--base', base, '--kernel', kernel, '--coupling', coupling, '--batch', 64, '--steps', 5,
+               '--pretrain-steps', 1, '--stages', 4, '--s0', 4, '--s1', 16, '--beta', 3, '--cond') == 0
+    data = common.shapes(resolution=8)
     for done, ((x0, eps, t, r, y, *_), settings, (weighted, distance)) in enumerate(seen):
         step = done + 1
-        index, z = common.batch_indices(200, 64, step, 0), common.randn((64, 3, 16, 16), 0, step, 'noise')
+        index, z = common.batch_indices(200, 64, step, 0), common.randn((64, 3, 8, 8), 0, step, 'noise')
         images = common.normalise(data.images[index])
         order = vct.optimal_transport(images, z) if coupling == 'ot' else torch.arange(64)
         assert torch.equal(x0, images[order]) and torch.equal(y, data.labels[index][order])
-        assert eps.requires_grad if coupling == 'vc' else torch.equal(eps, z)               # its gradient reaches the encoder
+        assert eps.requires_grad if coupling == 'vc' else torch.equal(eps, z)   # its gradient reaches the encoder
         if base == 'ict':
             sigmas = torch.tensor(vct.rho_levels({0: 4, 1: 8, 2: 16, 3: 16}[done]))
             i = (t[:, None] == sigmas).nonzero()[:, 1]
@@ -352,7 +367,7 @@ def gradients(monkeypatch, *flags):
         finish(params, precision), seen.append([norm(parts[0].parameters()), norm(parts[0].encoder.parameters())]))[0])
     monkeypatch.setattr(common, 'learning_rate', lambda *rest: (
         seen[-1].extend([norm(parts[0].parameters()), norm(parts[0].encoder.parameters())]), rate(*rest))[1])
-    assert run(*TINY, '--base', 'ict', *flags) == 0
+    assert run(*TINY, '--base', 'ict', '--resolution', 16, *flags) == 0         # enough pixels for norms to be clipped
     return np.array(seen).T
 
 
@@ -380,14 +395,15 @@ def test_a_gradient_that_is_not_finite_is_zeroed_before_clipping(monkeypatch):
     monkeypatch.setattr(common, 'finish_gradients', spoil)
     assert run(*TINY, '--ema', 0) == run(*TINY, '--lr', 0, '--out', 'start') == 0
     assert all(value.isfinite().all() for value in weights().values())
-    assert not torch.equal(*(weights(out)['dec.16x16_aux_conv.weight'] for out in ('start', 'runs/vct-shapes')))
+    assert not torch.equal(*(weights(out)['dec.8x8_aux_conv.weight'] for out in ('start', 'runs/vct-shapes')))
 
 
 def test_in_pretraining_the_noise_is_independent_and_the_encoder_becomes_so(monkeypatch):
     seen, plain = [], vct.denoising_loss
-    monkeypatch.setattr(vct, 'denoising_loss', lambda net, x0, eps, *rest: (seen.append(eps), plain(net, x0, eps, *rest))[1])
+    monkeypatch.setattr(vct, 'denoising_loss', lambda net, x0, eps, *rest: (
+        seen.append(eps), plain(net, x0, eps, *rest))[1])
     assert run(*TINY, '--base', 'ecm', '--steps', 40, '--pretrain-steps', 40, '--eval-every', 40, '--seed', 3) == 0
-    assert torch.equal(seen[5], common.randn((8, 3, 16, 16), 3, 5, 'noise'))
+    assert torch.equal(seen[5], common.randn((8, 3, 8, 8), 3, 5, 'noise'))
     kl = [line['kl'] for line in lines() if 'kl' in line]
     assert kl[-1] < kl[0] / 5
 
@@ -397,7 +413,7 @@ def test_labels_reach_network_and_encoder(monkeypatch):
 
     def network(net, precision, device):
         call = plain(net, precision, device)
-        return lambda x, c, y=None: (seen.append((net.dec['16x16_aux_conv'].weight.shape[0], y)), call(x, c, y))[1]
+        return lambda x, c, y=None: (seen.append((net.dec['8x8_aux_conv'].weight.shape[0], y)), call(x, c, y))[1]
     monkeypatch.setattr(common, 'network', network)
     assert run(*TINY, '--steps', 1) == 0
     expected = torch.arange(200)[common.batch_indices(200, 8, 0, 0)] % 10
@@ -421,12 +437,12 @@ def test_sampling_and_loading_from_every_source(kernel):
     assert not torch.equal(images[0], vct.sample(model, 12, nfe=2, seed=4)) and images[0].abs().max() <= 1
     assert not torch.equal(vct.sample(model, 12, nfe=2, labels=[7], seed=3), images[0])
 
-    z, y, device = common.randn((12, 3, 16, 16), 3, 0, 'sample'), torch.arange(12) % 10, torch.device('cpu')
+    z, y, device = common.randn((12, 3, 8, 8), 3, 0, 'sample'), torch.arange(12) % 10, torch.device('cpu')
     net, encoder = (common.network(part, 'fp32', device) for part in (model, model.encoder))
     first = vct.f(net, 80 * z, torch.full((12,), 80.0), y, 0.002, kernel)
     torch.testing.assert_close(vct.sample(model, 12, seed=3), first.clamp(-1, 1))
     mu, std = vct.encode(encoder, first, y)
-    eps, mid = mu + std * common.randn((12, 3, 16, 16), 3, 1, 'sample'), torch.full((12,), 0.821)
+    eps, mid = mu + std * common.randn((12, 3, 8, 8), 3, 1, 'sample'), torch.full((12,), 0.821)
     x = (first if kernel == 've' else (1 - 0.821 / 80) * first) + 0.821 * eps
     torch.testing.assert_close(images[0], vct.f(net, x, mid, y, 0.002, kernel).clamp(-1, 1))
 
@@ -443,7 +459,8 @@ def test_final_without_its_encoder(refused):
 
 
 def test_where_training_starts(capsys):
-    """The published checkpoint for the published network; final.pt of a run, whatever its coupling, for the same network."""
+    """The published checkpoint for the published network; final.pt of a run, whatever its coupling, for the same one.
+    """
     def settings(*flags):
         assert run(*flags, '--dry-run') == 0
         return json.loads(capsys.readouterr().out)
@@ -452,24 +469,28 @@ def test_where_training_starts(capsys):
     assert 'edm2-img64-s' in settings('--dataset', 'imagenet64')['init']
     assert run(*TINY) == 0
     for coupling in ('vc', 'independent'):
-        assert run(*TINY, '--lr', 0, '--coupling', coupling, '--init', 'runs/vct-shapes/final.pt', '--out', coupling) == 0
-        assert all(torch.equal(value, weights(coupling)[name]) for name, value in weights().items())
+        init = ['--init', 'runs/vct-shapes/final.pt']
+        assert run(*TINY, '--lr', 0, '--coupling', coupling, *init, '--out', coupling) == 0
+        assert same(weights(), weights(coupling))
 
 
 @pytest.mark.parametrize('dataset, expected', [
     ('shapes', dict(base='ecm', coupling='vc', cond=True, clip=200.0, pretrain_steps=600)),
     ('fmnist', dict(base='ict', width=64, batch=128, beta=30.0, resolution=28)),
-    ('cifar10', dict(base='ict', width=128, mults=[2, 2, 2], blocks=4, dropout=0.3, batch=512, steps=400_000, lr=1e-4, beta=30.0)),
+    ('cifar10', dict(base='ict', width=128, mults=[2, 2, 2], blocks=4, dropout=0.3, batch=512, steps=400_000, lr=1e-4,
+                     beta=30.0)),
     ('cifar10 --base ecm', dict(base='ecm', dropout=0.2, batch=128, beta=10.0, c=0.0, huber='vector')),
     ('cifar10 --coupling independent', dict(clip=0.0)),
     ('ffhq64', dict(base='ecm', mults=[1, 2, 2, 2], beta=10.0, resolution=64)),
-    ('imagenet64', dict(base='ecm', kernel='li', arch='edm2', width=192, encoder='big', beta=90.0, steps=200_000, c=0.06, weighting='edm')),
+    ('imagenet64', dict(base='ecm', kernel='li', arch='edm2', width=192, encoder='big', beta=90.0, steps=200_000,
+                        c=0.06, weighting='edm')),
     ('folder', dict(base='ict', resolution=None))])
 def test_presets(capsys, dataset, expected):
     assert run('--dataset', *dataset.split(), '--dry-run') == 0
     settings = json.loads(capsys.readouterr().out)
     assert {name: settings[name] for name in expected} == expected
-    assert len(vct.PRESETS) == 18 and len({frozenset(preset) for preset in vct.PRESETS.values()}) == 1 + 1     # shapes has eval_every
+    assert len(vct.PRESETS) == 18
+    assert len({frozenset(preset) for preset in vct.PRESETS.values()}) == 1 + 1         # shapes has eval_every
 
 
 @pytest.mark.parametrize('base', ['ict', 'ecm'])
@@ -477,7 +498,8 @@ def test_analyse_draws_the_noise_and_prints_the_loss(base, capsys):
     assert run(*TINY, '--base', base) == 0
     capsys.readouterr()
     assert run('--analyse', 'runs/vct-shapes') == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith('noise levels: ')]       # slow machine
+    printed = capsys.readouterr().out.splitlines()
+    said = [line for line in printed if not line.startswith('noise levels: ')]          # progress on a slow machine
     first, _, head, *rows, name = said
     assert first.startswith('KL ') and head.split() == ['sigma', 'emitted', 'independent', 'emitted', 'independent']
     table = np.array([row.split() for row in rows], float)
@@ -494,7 +516,8 @@ def test_diagnostics_are_means_and_variances_over_the_noise():
     x0, draws = torch.randn(5, 1, 2, 2), [torch.randn(5, 1, 2, 2) for _ in range(6)]
     encoder = lambda x, c, y=None: torch.cat([x, torch.full_like(x, -200.0)], 1)                # std 0: no variance
     found = vct.diagnostics(toy, encoder, x0, None, [1.0, 3.0], [0.5, 2.0], draws, kernel='li')
-    losses = torch.stack([vct.loss(toy, x0, n, torch.full((5,), 3.0), torch.full((5,), 2.0), kernel='li')[0] for n in draws])
+    t, r = torch.full((5,), 3.0), torch.full((5,), 2.0)
+    losses = torch.stack([vct.loss(toy, x0, n, t, r, kernel='li')[0] for n in draws])
     close(found['independent'][1], (losses.mean(), losses.var(0).mean()))
     assert [variance for _, variance in found['emitted']] == [0, 0] and found['independent'][0][1] > 0
 
@@ -502,7 +525,8 @@ def test_diagnostics_are_means_and_variances_over_the_noise():
 # Fashion-MNIST
 
 def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + b''.join(n.to_bytes(4, 'big') for n in array.shape) + array.astype(np.uint8).tobytes()
+    shape = b''.join(n.to_bytes(4, 'big') for n in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes()
 
 
 def fashion(folder, images=None, labels=None, pack=False):
@@ -519,7 +543,8 @@ def fashion(folder, images=None, labels=None, pack=False):
 def test_fmnist_is_found(tmp_path, place, pack):
     fashion(tmp_path / place, pack=pack)
     data = common.fmnist(tmp_path)
-    assert data.images.shape == (30, 1, 28, 28) and data.images.dtype == torch.uint8 and data.images[7].unique().tolist() == [7]
+    assert data.images.shape == (30, 1, 28, 28) and data.images.dtype == torch.uint8
+    assert data.images[7].unique().tolist() == [7]
     assert data.labels.tolist() == [i % 10 for i in range(30)] and data.classes == 10
 
 
@@ -541,9 +566,11 @@ def test_fmnist_that_is_damaged_or_not_to_be_had(tmp_path, monkeypatch):
         common.fmnist(tmp_path / 'a')
     good = idx(np.zeros((30, 28, 28)))
     for images, labels, message in [
-            (good[:-1], None, 'cut short'), (good + b'x', None, 'cut short'), (b'', None, 'no idx file'), (b'PNG' + good, None, 'no idx file'),
-            (idx(np.zeros((30, 28))), None, 'no idx file'), (good, np.zeros(29), 'not Fashion-MNIST'), (good, np.full(30, 10), 'not Fashion-MNIST'),
-            (idx(np.zeros((30, 27, 28))), None, 'not Fashion-MNIST'), (idx(np.zeros((0, 28, 28))), np.zeros(0), 'not Fashion-MNIST')]:
+            (good[:-1], None, 'cut short'), (good + b'x', None, 'cut short'),
+            (b'', None, 'no idx file'), (b'PNG' + good, None, 'no idx file'),
+            (idx(np.zeros((30, 28))), None, 'no idx file'), (good, np.zeros(29), 'not Fashion-MNIST'),
+            (good, np.full(30, 10), 'not Fashion-MNIST'), (idx(np.zeros((30, 27, 28))), None, 'not Fashion-MNIST'),
+            (idx(np.zeros((0, 28, 28))), np.zeros(0), 'not Fashion-MNIST')]:
         fashion(tmp_path / 'c', images, labels)
         with pytest.raises(common.UserError, match=message):
             common.fmnist(tmp_path / 'c')
@@ -558,7 +585,8 @@ def test_fmnist_that_is_damaged_or_not_to_be_had(tmp_path, monkeypatch):
 def test_grey_pictures_train_sample_and_score(tmp_path, capsys, monkeypatch):
     fashion(tmp_path / 'data')
     monkeypatch.setattr(vct, 'diagnostics', lambda *_, **__: {})
-    grey = ['--dataset', 'fmnist', *TINY, '--fid-features', 'pixels', '--sample-every', 4]
+    grey = ['--dataset', 'fmnist', *TINY_NETWORK, *SCRIPTS['vct'], '--batch', 8, '--steps', 4, '--sample-every', 4,
+            '--eval-every', 4, '--fid-num', 10, '--fid-features', 'pixels']
     assert run(*grey) == 0
     out = Path('runs/vct-fmnist')
     assert vct.sample(vct.load(out), 3, nfe=2).shape == (3, 1, 28, 28)
@@ -574,4 +602,4 @@ def test_real_fashion_mnist(real):
     for split, n in (('train', 60_000), ('test', 10_000)):
         data = common.fmnist(root, split)
         assert data.images.shape == (n, 1, 28, 28) and data.labels.bincount().tolist() == [n // 10] * 10
-    assert data.labels[:5].tolist() == [9, 2, 1, 1, 6]                       # of the test set: boot, pullover, trousers twice, shirt
+    assert data.labels[:5].tolist() == [9, 2, 1, 1, 6]      # of the test set: boot, pullover, trousers twice, shirt
