@@ -231,7 +231,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
     add_common_flags(parser, script, names, add_flags)
     parser.set_defaults(**dict(analyse=None, use=use) | preset | settings)
     for action in parser._actions:
-        if action.default is not argparse.SUPPRESS and action.default not in (None, False) and action.help:
+        if action.help and not any(action.default is value for value in (argparse.SUPPRESS, None, False)):
             default = ','.join(map(str, action.default)) if isinstance(action.default, list) else action.default
             action.help += f' [{default}]'.replace('%', '%%')
     args = parser.parse_args(argv)

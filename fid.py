@@ -379,14 +379,12 @@ def main(argv=None):
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: this machine has no GPU that torch can use')
     common.keep_freed_memory()
+    one = read_pictures(args.images, args.resolution)[:args.num]
+    other = None if args.against.endswith('.npz') else read_pictures(args.against, args.resolution)[:args.against_num]
     features, kind = feature_network(args.fid_features, args.inception, args.data_dir, args.device)
     statistics = lambda images, what: measure(
         len(images), lambda j, n: images[100 * j:100 * j + n], features, what)
-    one = read_pictures(args.images, args.resolution)[:args.num]
-    if args.against.endswith('.npz'):
-        reference = load_statistics(args.against)
-    else:
-        reference = statistics(read_pictures(args.against, args.resolution)[:args.against_num], args.against)
+    reference = load_statistics(args.against) if other is None else statistics(other, args.against)
     result = statistics(one, args.images)
     if args.save:
         try:

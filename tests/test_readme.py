@@ -68,7 +68,6 @@ def test_each_command_is_understood(runs, monkeypatch, capsys):
 
     def stop(*_):
         raise Understood
-    monkeypatch.setattr(fid, 'feature_network', stop)
     for script, *flags in commands():
         flags = [flag.replace('NAME', 'cifar10') for flag in flags]
         name = script.removesuffix('.py')
@@ -78,7 +77,8 @@ def test_each_command_is_understood(runs, monkeypatch, capsys):
         if script == 'fid.py':                                  # alone it is but named
             if not flags:
                 continue
-            with pytest.raises(Understood):
+            with monkeypatch.context() as patch, pytest.raises(Understood):
+                patch.setattr(fid, 'read_pictures', stop)
                 fid.main(flags)
             continue
         for flag, value in zip(flags, flags[1:]):
