@@ -91,7 +91,7 @@ def test_each_command_is_understood(runs, monkeypatch, capsys):
                 Path(value).symlink_to(runs / f'runs/{name}-shapes')
         if '--resume' in flags and '--out' not in flags:
             flags.remove('--resume')
-        if 'ot' in flags and not importlib.util.find_spec('scipy'):                     # refused, which has its own test
+        if 'ot' in flags and not importlib.util.find_spec('scipy'):             # refused: another test
             continue
         module, settings = importlib.import_module(name), [flag for flag in flags if flag != '--help']
         assert common.run(module.main, [*settings, '--dry-run']) == 0, (script, flags, capsys.readouterr().err)
