@@ -565,9 +565,9 @@ CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 
 
-def cifar10(root, split='train'):
-    """CIFAR-10's own binary files below `root`: unpacked, or in the archive, which is downloaded if it is not there."""
-    names = [f'data_batch_{i}.bin' for i in range(1, 6)] if split == 'train' else ['test_batch.bin']
+def cifar10(root):
+    """CIFAR-10's training set below `root`: its binary files, or the archive, downloaded if there is neither."""
+    names = [f'data_batch_{i}.bin' for i in range(1, 6)]
     folder = root if (root / names[0]).exists() else root / 'cifar-10-batches-bin'
     archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
     if folder.is_dir():

@@ -660,6 +660,7 @@ class Unpickler(pickle._Unpickler):     # pickle.Unpickler is in C, where one da
 
 
 def numpy_dtype(code, *_):
+    """The code of a numpy.dtype if it is a kind of number, one of NUMBERS, or ValueError."""
     if type(code) is not str or code not in NUMBERS:
         raise ValueError(f'it has a numpy.dtype {code[:20] if type(code) is str else ""}, which is no number')
     return code

@@ -441,6 +441,15 @@ def test_analysis_prints_and_draws(capsys):
     assert Path('runs/gc_ct-shapes/analyse.png').stat().st_size > 5000
 
 
+@pytest.mark.parametrize('schedule, boundary', [('ict', M), ('ect', 0.0)])
+def test_analysis_has_the_boundary_of_training(schedule, boundary, monkeypatch):
+    seen, plain = [], gc_ct.f
+    assert run(*TINY, '--schedule', schedule, '--pretrain-steps', 0) == 0
+    monkeypatch.setattr(gc_ct, 'f', lambda net, x, t, y=None, m=0.0: seen.append(m) or plain(net, x, t, y, m))
+    assert run('--analyse', 'runs/gc_ct-shapes') == 0
+    assert set(seen) == {boundary}
+
+
 def test_wrong_flags_of_gc(refused):
     refused(gc_ct, '--mu 1.5', '--mu')
     refused(gc_ct, '--schedule ect --q 1e300', '--q 1e+300', 'float32')

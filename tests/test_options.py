@@ -66,6 +66,18 @@ def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
 
 @pytest.mark.slow
 @compiler
+def test_a_benchmark_times_compiled_code(monkeypatch, tmp_path):
+    """Its first step, whose operations are counted, is eager; the others are a graph each for student and teacher."""
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = '--width 8 --mults 1 --blocks 1 --batch 4 --resolution 8 --pretrain-steps 0 --compile --benchmark 1'
+    assert common.run(sct.main, flags.split()) == 0
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
+
+
+@pytest.mark.slow
+@compiler
 @pytest.mark.parametrize('name, network', [('songunet_ddpmpp', unet.SongUNet), ('songunet_ncsnpp_cond', unet.SongUNet),
                                            ('edm2_unet_cond', unet.EDM2UNet)])
 def test_published_numbers_when_compiled(name, network):
