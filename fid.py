@@ -264,6 +264,11 @@ def measure(count, images, features, what, lot=100):
     return statistics.result()
 
 
+def measure_pictures(images, features, what):
+    """Statistics of a whole set of pictures, uint8 (N, C, H, W)."""
+    return measure(len(images), lambda j, n: images[100 * j:100 * j + n], features, what)
+
+
 def feature_network(kind, path, data_dir, device):
     """-> function from uint8 images to features, and how its distance is called if all else is as in the literature."""
     if kind == 'pixels':
@@ -292,7 +297,7 @@ def dataset_statistics(images, features, kind, home):
     found = [load_statistics(cache) if cache and common.rank() == 0 and cache.exists() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)           # one process decides for all whether there is anything to measure
-    result = found[0] or measure(len(images), lambda j, n: images[100 * j:100 * j + n], features, 'the data')
+    result = found[0] or measure_pictures(images, features, 'the data')
     if cache and common.rank() == 0 and not found[0]:
         try:
             save_statistics(cache, *result)
@@ -382,10 +387,8 @@ def main(argv=None):
     one = read_pictures(args.images, args.resolution)[:args.num]
     other = None if args.against.endswith('.npz') else read_pictures(args.against, args.resolution)[:args.against_num]
     features, kind = feature_network(args.fid_features, args.inception, args.data_dir, args.device)
-    statistics = lambda images, what: measure(
-        len(images), lambda j, n: images[100 * j:100 * j + n], features, what)
-    reference = load_statistics(args.against) if other is None else statistics(other, args.against)
-    result = statistics(one, args.images)
+    reference = load_statistics(args.against) if other is None else measure_pictures(other, features, args.against)
+    result = measure_pictures(one, features, args.images)
     if args.save:
         try:
             save_statistics(Path(args.save), *result)

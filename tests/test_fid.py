@@ -168,3 +168,12 @@ def test_reference_statistics_are_kept_under_a_name_of_the_data(tmp_path):
     images[0, 0, 0, 0] += 1
     fid.dataset_statistics(images, features, 'pixel-FD', tmp_path)
     assert sum(calls) == 60 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_statistics_are_of_all_the_pictures_in_their_lots():
+    images = torch.randint(0, 256, (250, 3, 4, 4), dtype=torch.uint8)
+    mu, cov, n = fid.measure_pictures(images, fid.pixel_features, 'pictures')
+    features = fid.pixel_features(images).double().numpy()
+    assert n == 250
+    np.testing.assert_allclose(mu, features.mean(0), atol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(features, rowvar=False), atol=1e-12)
