@@ -4,6 +4,7 @@ Nothing in here knows an algorithm. These are functions to call, not a framework
 a plain loop that calls what it needs.
 """
 import argparse
+import cmath
 import colorsys
 import concurrent.futures
 import contextlib
@@ -12,10 +13,8 @@ import datetime
 import functools
 import gzip
 import hashlib
-import http.client
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,6 @@ import threading
 import time
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,36 +49,46 @@ class UserError(Exception):
         self.code = code
 
 
-def run(main, argv=None):
-    """Calls `main(argv)` -> its exit code. What a user can mend becomes one line on stderr (`--debug`: a traceback)."""
-    argv = sys.argv[1:] if argv is None else argv
+@contextlib.contextmanager
+def or_refuse(what, code=2):
+    """Whatever goes wrong within becomes a UserError, a line that begins with `what`."""
     try:
-        code = main(argv) or 0
+        yield
+    except UserError:
+        raise
+    except Exception as error:          # files, archives, decoders and connections have many words for what is damaged
+        raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}', code)
+
+
+def run(main, argv=None):
+    """Calls `main(argv)` -> exit code. What a user can mend becomes one line on stderr; with --debug, a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if '--debug' in argv:
+        return main(argv)
+    try:
+        main(argv)
         if dist.is_initialized():
             dist.destroy_process_group()        # its threads must end before the interpreter does
-        return code
-    except (UserError, RuntimeError, KeyboardInterrupt) as caught:
-        error = explain(caught)
-        if '--debug' in argv or error is None:
+        return 0
+    except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
+        return stop.code or 0
+    except UserError as caught:
+        error = caught
+    except KeyboardInterrupt:
+        error = UserError('interrupted', code=130)
+    except RuntimeError as caught:
+        text = str(caught).lower()
+        if isinstance(caught, torch.OutOfMemoryError) or "can't allocate memory" in text:       # the GPU's, the host's
+            error = UserError('out of memory: lower --batch, or split it with --microbatch')
+        elif dist.is_initialized() and any(word in text for word in ('connection', 'gloo', 'nccl', 'peer')):
+            error = UserError('another process of this run has ended', code=1)
+        else:
             raise
     if rank():
         time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
     who = f'process {rank()}: ' if rank() else ''
     print('\n' * _line_open + who + str(error), file=sys.stderr, flush=True)
     return error.code
-
-
-def explain(error):
-    """The UserError that an exception amounts to; None if it is a fault of the program."""
-    text = str(error).lower()
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return UserError('interrupted', code=130)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:        # the GPU's, the host's
-        return UserError('out of memory: lower --batch, or split it with --microbatch')
-    if dist.is_initialized() and any(word in text for word in ('connection', 'gloo', 'nccl', 'peer')):
-        return UserError('another process of this run has ended', code=1)
 
 
 _line_open = False          # whether the terminal's last line is a progress line that awaits being written over
@@ -96,13 +104,13 @@ def say(text, refresh=False):
 
 
 def progress(items, what, total=None):
-    """Yields from `items`; work that takes over two seconds shows how far it is."""
+    """Yields from `items`; work that takes over two seconds shows how far it is. total: their number; 0: not known."""
     total = len(items) if total is None else total
     begin, shown, pause = time.monotonic(), 0.0, 2.0
     for i, item in enumerate(items):
         yield item
         spent = time.monotonic() - begin
-        if spent - shown > pause and (not total or i + 1 < total):              # total 0: not known
+        if spent - shown > pause and (not total or i + 1 < total):
             left = f' of {total:,}, {duration(spent / (i + 1) * (total - i - 1))} left' if total else ''
             say(f'{what}: {i + 1:,}{left}', refresh=True)
             shown, pause = spent, 0.5 if sys.stdout.isatty() else 30.0
@@ -112,8 +120,7 @@ def progress(items, what, total=None):
 
 def duration(seconds):
     """3725.0 -> '1:02:05'."""
-    minutes, s = divmod(int(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02}:{s:02}' if minutes >= 60 else f'{minutes}:{s:02}'
+    return str(datetime.timedelta(seconds=int(seconds))).removeprefix('0:')
 
 
 # 2. Flags
@@ -132,14 +139,14 @@ def number(kind=int, low=-math.inf, high=math.inf, many=False):
     """
     def parse(text):
         values = [kind(part) for part in text.split(',')] if many else [kind(text)]
-        if not all(low <= value <= high and value not in (math.inf, -math.inf) for value in values):
+        if not all(low <= value <= high and abs(value) != math.inf for value in values):
             raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
         return values if many is True or len(values) > 1 else values[0]
     parse.__name__ = 'number'
     return parse
 
 
-def add_common_flags(parser, script, names, add_flags):
+def add_common_flags(parser, script, names, add_flags, example):
     """The flags that all scripts have, in groups, each with an example. `names`: the data sets; add_flags: its own."""
     group = lambda title, example: parser.add_argument_group(title, f'python {script}.py {example}').add_argument
     add = group('data', '--dataset folder --data-dir pictures.zip --resolution 64')
@@ -153,7 +160,7 @@ def add_common_flags(parser, script, names, add_flags):
     add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
     add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
-    add_flags(parser)
+    add_flags(group('method', example), number)
     add = group('optimisation', '--batch 256 --microbatch 32 --precision bf16 --compile')
     add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
     add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in a process, to save memory')
@@ -199,22 +206,22 @@ NOT_KEPT = set('''argv out_given resume overwrite dry_run debug sample evaluate 
     guidance'''.split())
 
 
-def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
+def parse_args(script, doc, presets, add_flags, example, argv, switch='arch'):
     """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
 
     A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
-    `args.use` is the checkpoint of --sample, --evaluate or --analyse.
+    `args.use` is the checkpoint of --sample, --evaluate or --analyse. example: of the script's own flags, in --help.
     """
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument('--resume', action='store_true')
     for name in ('dataset', 'out', 'sample', 'evaluate', 'analyse', switch):
         first.add_argument(f'--{name}')
     peek = first.parse_known_args(argv)[0]
-    use, settings = peek.sample or peek.evaluate or peek.analyse, {}
-    if sum(map(bool, (peek.sample, peek.evaluate, peek.analyse))) > 1:
+    uses, settings = [path for path in (peek.sample, peek.evaluate, peek.analyse) if path], {}
+    if len(uses) > 1:
         raise UserError('--sample, --evaluate and --analyse: one at a time')
-    if use:             # how it was trained is not how it is sampled
-        settings = {name: value for name, value in load_checkpoint(use)['config'].items()
+    if uses:            # how it was trained is not how it is sampled
+        settings = {name: value for name, value in load_checkpoint(uses[0])['config'].items()
                     if name not in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels')}
     elif peek.resume:
         settings = read_config(Path(peek.out or f'runs/{script}-{peek.dataset or "shapes"}'))
@@ -228,8 +235,8 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
 
     parser = Parser(prog=f'{script}.py', usage=f'python {script}.py [FLAGS]', description=doc, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser, script, names, add_flags)
-    parser.set_defaults(**dict(analyse=None, use=use) | preset | settings)
+    add_common_flags(parser, script, names, add_flags, example)
+    parser.set_defaults(**dict(analyse=None, use=uses and uses[0]) | preset | settings)
     for action in parser._actions:
         if action.help and not any(action.default is value for value in (argparse.SUPPRESS, None, False)):
             default = ','.join(map(str, action.default)) if isinstance(action.default, list) else action.default
@@ -238,7 +245,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
 
     args.script, args.argv, args.out_given = script, list(argv), bool(args.out)
     args.out = args.out or f'runs/{script}-{args.dataset}'
-    for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if use else set())):
+    for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if uses else set())):
         if hasattr(args, key) and getattr(args, key) != settings[key]:
             flag = '--' + key.replace('_', '-')
             raise UserError(f'{flag} is {getattr(args, key)}, but the run was made with {settings[key]}')
@@ -253,6 +260,12 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch'):
         say(f'--steps {args.steps:,} instead of {settings["steps"]:,}: the schedule of levels stretches with it')
     if args.pretrain_steps > args.steps:
         raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
+    if vars(args).get('coupling') == 'ot':
+        optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))             # is SciPy there?
+    if vars(args).get('s1', math.inf) < vars(args).get('s0', 0):
+        raise UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
+    if vars(args).get('q') and (args.stages + 1) * math.log(args.q) > math.log(1e6):
+        raise UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     return args
 
 
@@ -263,14 +276,11 @@ def config_of(args):
 
 def read_config(out):
     """config.json of the run in folder `out`, as a dict."""
-    try:
-        config = json.loads((out / 'config.json').read_text())
-        assert isinstance(config, dict)
-        return config
-    except FileNotFoundError:
+    path = out / 'config.json'
+    if not path.exists():
         raise UserError(f'{out} holds no run: there is no config.json in it')
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f'{out / "config.json"} cannot be read: {error}')
+    with or_refuse(f'{path} cannot be read'):
+        return dict(**json.loads(path.read_text()))
 
 
 # 3. Processes
@@ -286,30 +296,31 @@ def world_size():
 
 
 def start(args):
-    """Joins the processes of this run and returns this process's device.
+    """Joins the processes of this run and returns this process's device. With --dry-run, prints the settings instead.
 
     Under torchrun or Slurm's srun the environment says who is who. Otherwise `--gpus N` starts N copies of this command
     and this process waits for them and exits with their code.
     """
-    env = os.environ
+    if args.dry_run:
+        say(json.dumps(config_of(args), indent=2))
+        sys.exit()
+    env, cuda = os.environ, args.device != 'cpu' and torch.cuda.is_available()
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
         env.setdefault('MASTER_ADDR', env.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
         env.setdefault('MASTER_PORT', '29500')
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: this machine has no GPU that torch can use')
-    cuda = args.device != 'cpu' and torch.cuda.is_available()
     processes = world_size() if 'RANK' in env else args.gpus
+    if args.device == 'cuda' and not cuda:
+        raise UserError('--device cuda: this machine has no GPU that torch can use')
     if args.batch % processes and not args.use:
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
-    if 'RANK' not in env and args.gpus > 1:
-        if args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
-            raise UserError(f'--gpus {args.gpus}: this machine has {torch.cuda.device_count()} '
-                            '(--device cpu runs that many processes without)')
-        check_out(args)
-        sys.exit(_start_copies(args))
+    if 'RANK' not in env and args.gpus > 1 and args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
+        raise UserError(f'--gpus {args.gpus}: this machine has {torch.cuda.device_count()} '
+                        '(--device cpu runs that many processes without)')
     if rank() == 0:
         check_out(args)
+    if 'RANK' not in env and args.gpus > 1:
+        sys.exit(_start_copies(args))
 
     if env.get('WATCH_STDIN'):      # the pipe to the process that started this one closes when that one dies
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
@@ -343,19 +354,18 @@ def _start_copies(args):
         env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.gpus)))
         copies = [subprocess.Popen(command, env=dict(env, RANK=str(i), LOCAL_RANK=str(i)), stdin=subprocess.PIPE,
                                    start_new_session=True) for i in range(args.gpus)]   # Ctrl-C reaches them from here
-        forward = lambda number, _: [copy.send_signal(number) for copy in copies if copy.poll() is None]
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, forward)
+            signal.signal(number, lambda number, _: [copy.send_signal(number) for copy in copies])
         try:
-            while (codes := [copy.poll() for copy in copies]).count(None):
-                if any(codes):
-                    break
+            codes = [None]
+            while None in codes and not any(codes):
                 time.sleep(0.05)
+                codes = [copy.poll() for copy in copies]
         finally:
             for copy in copies:
                 copy.kill()
                 copy.wait()
-    i, code = next(((i, code) for i, code in enumerate(codes) if code), (0, 0))
+    code, i = next(((code, i) for i, code in enumerate(codes) if code), (0, 0))
     if code < 0:
         print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. '
               f'The last checkpoint in {args.out} is whole', file=sys.stderr)
@@ -368,15 +378,16 @@ def my_part(batch):
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def compile_in_place(*modules):
-    """torch.compile, of which each network's user sees nothing."""
-    torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
-    for module in modules:
-        module.compile(dynamic=False)               # sizes hardly change, and code for one size is faster
+def compile_in_place(module):
+    """torch.compile, of which the network's user sees nothing."""
+    torch._dynamo.config.optimize_ddp = False   # student and teacher as one graph each: the same dropout masks
+    module.compile(dynamic=False)               # sizes hardly change, and code for one size is faster
 
 
-def distributed(net):
-    """`net` itself, or with several processes wrapped so that backward averages the gradients over them."""
+def distributed(net, args):
+    """`net`, compiled if wanted, and with several processes wrapped so that backward averages gradients over them."""
+    if args.compile:
+        compile_in_place(net)
     if world_size() == 1:
         return net
     ddp = torch.nn.parallel.DistributedDataParallel
@@ -396,12 +407,17 @@ def one_first():
         dist.barrier()
 
 
-def microbatches(net, n, size):
-    """Slices of at most `size` (None: n) of a process's part of the batch; the last one alone averages gradients."""
-    for at in range(0, n, size or n):
+def microbatches(net, args, step):
+    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout mask.
+
+    Gradients are averaged over the processes in the last one alone.
+    """
+    n = args.batch // world_size()
+    size = args.microbatch or n
+    for i, at in enumerate(range(0, n, size)):
         if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-            net.require_backward_grad_sync = at + (size or n) >= n
-        yield slice(at, at + (size or n))
+            net.require_backward_grad_sync = at + size >= n
+        yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
 
 
 # 4. Keyed randomness: what is drawn depends on (seed, step, stream) alone, so there is no generator state to save
@@ -433,12 +449,9 @@ def _permutation(n, seed, epoch):
 
 def batch_indices(n, batch, step, seed):
     """Which images make up the global batch of a step: (batch,) int64. Every epoch is a permutation of all n."""
-    parts, at, left = [], step * batch, batch
-    while left:
-        epoch, offset = divmod(at, n)
-        parts.append(_permutation(n, seed, epoch)[offset:offset + left])
-        at, left = at + len(parts[-1]), left - len(parts[-1])
-    return torch.cat(parts)
+    first, last = step * batch, (step + 1) * batch - 1
+    epochs = [_permutation(n, seed, epoch) for epoch in range(first // n, last // n + 1)]
+    return torch.cat(epochs)[first % n:first % n + batch]
 
 
 # 5. Data
@@ -456,31 +469,28 @@ class Data(NamedTuple):
         return self._replace(images=self.images.to(device)) if fits else self
 
     def at(self, index, device):
-        """Images in [-1, 1] (B, C, H, W) and labels (B,) or None of `index` (B,), on `device`."""
-        images = self.images[index.to(self.images.device, non_blocking=True)].to(device, non_blocking=True)
-        return normalise(images), self.labels_of(index, device)
-
-    def labels_of(self, index, device):
-        """Labels (B,) of `index` (B,), on `device`, or None."""
-        return None if self.labels is None else self.labels[index].to(device, non_blocking=True)
+        """Images in [-1, 1] (B, C, H, W) and labels (B,) of `index` (B,), on `device`."""
+        images = self.images[index.to(self.images.device, non_blocking=True)]
+        if device.type == 'cuda' and images.device.type == 'cpu':
+            images = images.pin_memory()                # a GPU copies from such memory by itself
+        return normalise(images.to(device, non_blocking=True)), self.labels[index].to(device, non_blocking=True)
 
 
 def batches(data, args, start, device):
-    """The global batch of each step from `start` on: indices (B,), images in [-1, 1] (B, C, H, W), labels (B,) or None.
+    """Of each step from `start` on: number, indices of the global batch, images in [-1, 1] (B, C, H, W), labels (B,).
 
-    Images that lie on the host are gathered a step ahead, by a thread and into memory that a GPU copies from by itself.
+    A thread gathers each of them a step ahead.
     """
     def gather(step):
         index = batch_indices(len(data.images), args.batch, step, args.seed)
-        images = data.images[index.to(data.images.device, non_blocking=True)]
-        return index, images.pin_memory() if device.type == 'cuda' and images.device.type == 'cpu' else images
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = data.images.device.type == 'cpu'
-        coming = pool.submit(gather, start) if ahead else None
-        for step in itertools.count(start):
-            index, images = coming.result() if ahead else gather(step)
-            coming = pool.submit(gather, step + 1) if ahead else None
-            yield index, normalise(images.to(device, non_blocking=True)), data.labels_of(index, device)
+        return step, index, *data.at(index, device)
+
+    on_device = lambda: torch.cuda.set_device(device) if device.type == 'cuda' else None
+    with concurrent.futures.ThreadPoolExecutor(1, initializer=on_device) as pool:
+        coming = pool.submit(gather, start)
+        for step in range(start, start + args.benchmark + 2 if args.benchmark else args.steps):
+            batch, coming = coming.result(), pool.submit(gather, step + 1)
+            yield batch
 
 
 def normalise(images):
@@ -493,22 +503,29 @@ def to_uint8(x):
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def load_data(args):
-    """The data set that the flags name, on the host. `--cond` needs labels; without it they are left out."""
+def load_data(args, device):
+    """The data set that the flags name, on `device` if it fits. `--cond` needs labels; without it they are all 0.
+
+    Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not.
+    """
     root = Path(args.data_dir)
-    with one_first() if args.dataset != 'shapes' else contextlib.nullcontext():
+    with one_first():
         if args.dataset == 'shapes':
             data = shapes(resolution=args.resolution)
         elif args.dataset in ('cifar10', 'fmnist'):
             data = cifar10(root) if args.dataset == 'cifar10' else fmnist(root)
         else:
             data = image_folder(root, args.resolution)
-    if args.resolution and args.resolution != data.images.shape[-1]:
-        size = data.images.shape[-1]
+    size = data.images.shape[-1]
+    if args.resolution not in (None, size):
         raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
     if args.cond and data.labels is None:
         raise UserError(f'--cond: {root} has no labels (class sub-folders or a dataset.json)')
-    return data if args.cond else data._replace(labels=None, classes=0)
+    if not args.cond:
+        data = data._replace(labels=torch.zeros(len(data.images), dtype=torch.int64), classes=0)
+    args.resolution, args.in_channels, args.label_dim = size, data.images.shape[1], data.classes
+    choose_labels(1, args.labels, args.label_dim)
+    return data.to(device)
 
 
 def cache_folder(args):
@@ -516,53 +533,44 @@ def cache_folder(args):
     return Path(args.data_dir).parent if Path(args.data_dir).is_file() else Path(args.data_dir)
 
 
-def fit_to_data(args, data):
-    """Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not."""
-    args.resolution, args.in_channels, args.label_dim = data.images.shape[-1], data.images.shape[1], data.classes
-    choose_labels(1, args.labels, args.label_dim)
-
-
-def _turned(points, angle):
-    return [(x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)) for x, y in points]
-
-
 _ARC = [2 * math.pi * i / 60 for i in range(60)]
-_CIRCLE = [(math.cos(a), math.sin(a)) for a in _ARC]
-_SQUARE = [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
-_PLUS = [p for turn in range(4) for p in _turned([(-0.28, -1), (0.28, -1), (0.28, -0.28)], turn * math.pi / 2)]
-_HEART = [(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a) - 13 * math.cos(a)) / 16)
-          for a in _ARC]
-_STAR = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate([1.15, 0.48] * 5)]
-SHAPES = {      # name: outline, and the hole in it, within [-1, 1]², y downwards
-    'circle': (_CIRCLE, None), 'ring': (_CIRCLE, 0.55), 'square': (_SQUARE, None), 'frame': (_SQUARE, 0.55),
-    'triangle': ([(0, -1), (1, 0.8), (-1, 0.8)], None), 'diamond': ([(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)], None),
-    'plus': (_PLUS, None), 'cross': (_turned(_PLUS, math.pi / 4), None), 'heart': (_HEART, None), 'star': (_STAR, None)}
+_CIRCLE = [cmath.rect(1, a) for a in _ARC]
+_SQUARE = [-0.9 - 0.9j, 0.9 - 0.9j, 0.9 + 0.9j, -0.9 + 0.9j]
+_PLUS = [p * 1j ** turn for turn in range(4) for p in (-0.28 - 1j, 0.28 - 1j, 0.28 - 0.28j)]
+SHAPES = {      # name: outline, points x + yj within [-1, 1]², y downwards
+    'circle': _CIRCLE, 'ring': _CIRCLE, 'square': _SQUARE, 'frame': _SQUARE, 'triangle': [-1j, 1 + 0.8j, -1 + 0.8j],
+    'diamond': [-1.1j, 0.75, 1.1j, -0.75], 'plus': _PLUS, 'cross': [p * cmath.rect(1, math.pi / 4) for p in _PLUS],
+    'heart': [complex(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a)
+                                         - 13 * math.cos(a)) / 16) for a in _ARC],
+    'star': [cmath.rect(r, math.pi * i / 5) * -1j for i, r in enumerate([1.15, 0.48] * 5)]}
 
 
 def draw_shape(i, resolution=16):
-    """Picture i of the `shapes` data, a function of i alone: shape number i % 10 of SHAPES, coloured, on a dark ground.
-
-    -> uint8 (3, resolution, resolution)
-    """
+    """Picture i, uint8 (3, resolution, resolution), a function of i alone: shape i % 10, coloured, on a dark ground."""
     rng, size = random.Random(i), 8 * resolution        # drawn 8 times too large, then averaged: smooth edges
     colour = lambda s, v: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), s, v))
     ground, ink = colour(0.5, rng.uniform(0.0, 0.25)), colour(rng.uniform(0.5, 1.0), rng.uniform(0.8, 1.0))
     cx, cy, r = (size * rng.uniform(*span) for span in [(0.45, 0.55), (0.45, 0.55), (0.34, 0.42)])
     image = Image.new('RGB', (size, size), ground)
-    outline, hole = list(SHAPES.values())[i % len(SHAPES)]
-    for scale, fill in [(r, ink), (r * hole, ground)] if hole else [(r, ink)]:
-        ImageDraw.Draw(image).polygon([(cx + scale * x, cy + scale * y) for x, y in outline], fill=fill)
+    name, outline = list(SHAPES.items())[i % len(SHAPES)]
+    for scale, fill in [(r, ink), (0.55 * r, ground)] if name in ('ring', 'frame') else [(r, ink)]:
+        ImageDraw.Draw(image).polygon([(cx + scale * p.real, cy + scale * p.imag) for p in outline], fill=fill)
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def shapes(n=10_000, resolution=16):
     """The built-in data set: n pictures of ten shapes, labelled."""
-    images = [draw_shape(i, resolution) for i in progress(range(n), 'drawing shapes')]
-    return Data(torch.from_numpy(np.stack(images)).contiguous(), torch.arange(n) % len(SHAPES), len(SHAPES), None)
+    images = np.array([draw_shape(i, resolution) for i in progress(range(n), 'drawing shapes')])
+    return Data(torch.from_numpy(images), torch.arange(n) % len(SHAPES), len(SHAPES), None)
 
 
+DAMAGED = 'damaged or cut short; delete it and get it again'
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
+FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
+FMNIST_MD5 = {
+    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+    'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe'}
 
 
 def cifar10(root):
@@ -571,88 +579,52 @@ def cifar10(root):
     folder = root if (root / names[0]).exists() else root / 'cifar-10-batches-bin'
     archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
     if folder.is_dir():
-        home = folder.parent
-        try:
+        with or_refuse(f'CIFAR-10 in {folder} is incomplete'):
             parts = [(folder / name).read_bytes() for name in names]
-        except OSError as error:
-            raise UserError(f'CIFAR-10 in {folder} is incomplete: {error.strerror}: {error.filename}')
     else:
-        home = archive.parent
         download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
-        try:
-            with tarfile.open(archive) as tar:       # read in place: nothing is unpacked to where the archive says
-                parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
-        except (tarfile.TarError, KeyError, AttributeError, OSError, EOFError) as error:
-            raise UserError(f'{archive} cannot be read: {error}')
-    records = [cifar10_records(part, f'{home}: {name}') for part, name in zip(parts, names)]
-    return Data(torch.cat([images for images, _ in records]), torch.cat([labels for _, labels in records]), 10, home)
+        with tarfile.open(archive) as tar:       # read in place: nothing is unpacked to where the archive says
+            parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
+    images, labels = zip(*[cifar10_records(part, folder / name) for part, name in zip(parts, names)])
+    return Data(torch.cat(images), torch.cat(labels), 10, archive.parent)
 
 
 def cifar10_records(data, where):
     """The bytes of one of CIFAR-10's .bin files -> images uint8 (10000, 3, 32, 32), labels int64 (10000,)."""
     if len(data) != 30_730_000:
         raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: {DAMAGED}')
-    records = np.frombuffer(data, np.uint8).reshape(-1, 3073)                 # label, 1024 red, 1024 green, 1024 blue
-    images, labels = records[:, 1:].reshape(-1, 3, 32, 32).copy(), records[:, 0].astype(np.int64)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+    records = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3073)   # label, 1024 red, green, blue
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
 
 
-FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
-FMNIST_MD5 = {
-    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-    'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
-    't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
-    't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}
-
-
-def fmnist(root, split='train'):
-    """Fashion-MNIST's own idx files, packed or not, in `root` or root/fashion-mnist; else downloaded there."""
-    prefix, parts = 'train' if split == 'train' else 't10k', []
-    there = [p for folder in ('', 'fashion-mnist/') for p in root.glob(f'{folder}{prefix}-images-idx3-ubyte*')]
-    folder = there[0].parent if there else root / 'fashion-mnist'
-    for axes, file in ((3, f'{prefix}-images-idx3-ubyte'), (1, f'{prefix}-labels-idx1-ubyte')):
-        path = folder / file
-        if not path.exists():
-            path = folder / f'{file}.gz'
-            if not path.exists():       # else gzip's own checksum tells: other packings have other MD5 sums
-                download(f'{FMNIST_URL}/{path.name}', path, 'md5', FMNIST_MD5[path.name])
-        parts.append(idx_numbers(path, axes))
+def fmnist(root):
+    """Fashion-MNIST's training set: its idx files, packed or not, in `root` or root/fashion-mnist, or downloaded."""
+    folder, parts = root if any(root.glob('train-images-idx3-ubyte*')) else root / 'fashion-mnist', []
+    for name, md5 in FMNIST_MD5.items():
+        packed, plain = folder / name, folder / name.removesuffix('.gz')
+        if not packed.exists() and not plain.exists():      # else gzip's own checksum tells: packings differ in MD5
+            download(f'{FMNIST_URL}/{name}', packed, 'md5', md5)
+        with or_refuse(f'{packed} cannot be read'):
+            parts.append(plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes()))
     images, labels = parts
-    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
-        raise UserError(f'{folder}: not Fashion-MNIST: images {tuple(images.shape)}, labels {tuple(labels.shape)}')
-    return Data(images[:, None], labels.long(), 10, root)
-
-
-def idx_numbers(path, axes):
-    """A file in MNIST's idx format, packed (.gz) or not, of bytes along so many axes -> uint8 of its shape."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == '.gz' else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'{path} cannot be read: {error}')
-    start = 4 + 4 * axes
-    if len(data) < start or data[:4] != bytes([0, 0, 8, axes]):                # 8: the numbers are bytes
-        raise UserError(f'{path} is no idx file of bytes along {axes} axes: {DAMAGED}')
-    shape = [int.from_bytes(data[at:at + 4], 'big') for at in range(4, start, 4)]
-    if len(data) != start + math.prod(shape):
-        raise UserError(f'{path} has {len(data):,} bytes, not {start + math.prod(shape):,}: {DAMAGED}')
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
+    n = len(labels) - 8
+    header = np.array([0x803, n, 28, 28, 0x801, n], '>i4').tobytes()                # 8: bytes; 3, 1: axes
+    if n < 1 or len(images) != 16 + n * 784 or images[:16] + labels[:8] != header or max(labels[8:]) > 9:
+        raise UserError(f'{folder} is not Fashion-MNIST: {DAMAGED}')
+    images, labels = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
+    return Data(images[16:].view(n, 1, 28, 28), labels[8:].long(), 10, root)
 
 
 IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
+MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a file and not in memory
 
 
-def read_image(data, where, resolution=None):
-    """An image file's bytes -> uint8 (3, H, W), upright, cropped and resized; `where` names it in errors."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise UserError(f'{where} is {image.width}x{image.height}, too large to be decoded safely')
-            if image.mode.startswith('I'):                                          # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-            image = ImageOps.exif_transpose(image).convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'{where} cannot be read as an image: {error}')
+def read_image(data, resolution=None):
+    """An image file's bytes -> uint8 (3, H, W), upright; with `resolution`, its central square, resized."""
+    image = Image.open(io.BytesIO(data))
+    if image.mode.startswith('I'):                                                  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    image = ImageOps.exif_transpose(image).convert('RGB')
     if resolution:
         side, (w, h) = min(image.size), image.size
         image = image.crop(((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
@@ -665,13 +637,8 @@ def folder_or_zip(root):
     if root.is_dir():
         names = [path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()]
         return names, lambda name: (root / name).read_bytes()
-    if not zipfile.is_zipfile(root):
-        raise UserError(f'{root} is neither a folder nor a zip' if root.exists() else
-                        f'{root}: there is no such folder or zip of images')
-    try:
+    with or_refuse(f'{root} is no folder or zip of images'):
         archive, lock = zipfile.ZipFile(root), threading.Lock()     # read in place: no path in it is ever written to
-    except zipfile.BadZipFile as error:
-        raise UserError(f'{root} cannot be read: {error}')
 
     def read(name):
         with lock:
@@ -690,120 +657,73 @@ def image_folder(root, resolution=None):
         raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
 
     def load(name):
-        try:
-            return read_image(read(name), f'{root}: {name}', resolution)
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f'{root}: {name} cannot be read: {error}')
+        with or_refuse(f'{root}: {name} cannot be read'):
+            return read_image(read(name), resolution)
 
-    def fill(images):
+    def decoded():
         with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
-            for i, image in enumerate(progress(pool.map(load, files), f'reading {root}', len(files))):
-                if image.shape != shape[1:] or image.shape[1] != image.shape[2]:
-                    size = lambda shape: f'{shape[-1]}x{shape[-2]}'
-                    raise UserError(f'{root}: images of mixed sizes or not square: {files[0]} is {size(shape)}, '
-                                    f'{files[i]} {size(image.shape)}; --resolution N brings all to one square')
-                images[i] = image
-        return images
+            for name, image in zip(files, progress(pool.map(load, files), f'reading {root}', len(files))):
+                if image.shape != (3, side, side):
+                    raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
+                                    '--resolution N brings all images to one square')
+                yield image
 
-    shape = (len(files), *load(files[0]).shape)
+    side = resolution or min(load(files[0]).shape[1:])
+    shape = (len(files), 3, side, side)
     if math.prod(shape) <= MAPPED:
-        images = fill(np.empty(shape, np.uint8))
+        images = np.array(list(decoded()))
     else:
         sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
-        stamp = hashlib.sha256(repr((files, sizes, shape)).encode()).hexdigest()[:12]
-        images = mapped(root.parent / f'{root.name}-{shape[-1]}-{stamp}.npy', shape, fill)
+        stamp = hashlib.sha256(repr((files, sizes)).encode()).hexdigest()[:12]
+        path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
+        with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
+            if not path.exists():
+                say(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
+                write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
+            images = np.memmap(path, np.uint8, 'c', shape=shape)
 
     labels, folders = None, [name.split('/')[0] for name in files]
     if 'dataset.json' in names:
-        try:
+        with or_refuse(f'{root}: dataset.json does not give every image a label'):
             table = dict(json.loads(read('dataset.json'))['labels'] or [])
-            labels = [int(table[name]) for name in files] if table else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{root}: dataset.json does not give every image a label: {error!r}')
+            labels = torch.tensor([int(table[name]) for name in files]) if table else None
     elif all('/' in name for name in files) and len(set(folders)) > 1:
-        labels = np.unique(folders, return_inverse=True)[1]
-    if labels is None:
-        return Data(torch.from_numpy(images), None, 0, root.parent)
-    return Data(torch.from_numpy(images), torch.as_tensor(labels, dtype=torch.int64), int(max(labels)) + 1, root.parent)
-
-
-MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a file and not in memory
-
-
-def mapped(path, shape, fill):
-    """uint8 array of `shape` in a file, read as its parts are needed; made by `fill(array)` if it is not there."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        if not path.exists():
-            say(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
-            images = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
-            if hasattr(os, 'posix_fallocate'):              # a full disk is to be noticed now: later it is a bus error
-                with open(part, 'r+b') as file:
-                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-            fill(images).flush()
-            os.replace(part, path)
-        images = np.load(path, mmap_mode='c')
-        if images.shape != shape or images.dtype != np.uint8:
-            raise ValueError(f'it holds {images.dtype} {images.shape}')
-        return images
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be used: {error}; delete it and it is made anew')
-    finally:
-        discard(part)
-
-
-def discard(path):
-    """Deletes a file if it is there and can be deleted."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-DAMAGED = 'damaged or cut short; delete it and get it again'
+        labels = torch.from_numpy(np.unique(folders, return_inverse=True)[1])
+    classes = 0 if labels is None else int(labels.max()) + 1
+    return Data(torch.from_numpy(images), labels, classes, root.parent)
 
 
 def download(url, path, algorithm, digest):
     """Fetches `url` to `path` unless it is there; either way its hash must begin with `digest` (hex; None: unknown)."""
-    if path.exists():
-        return check_hash(path, algorithm, digest, path)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        with urllib.request.urlopen(url, timeout=30) as source:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            size = int(source.headers.get('Content-Length') or 0)
-            blocks = iter(lambda: source.read(1 << 20), b'')
-            with open(part, 'wb') as target:
+    there = path.exists()
+    failed = f'{path} cannot be read' if there else f'{path} could not be downloaded from {url}'
+    with or_refuse(failed), open(path, 'rb') if there else io.BytesIO() as file:
+        if not there:
+            with urllib.request.urlopen(url, timeout=30) as source:
+                size = int(source.headers.get('Content-Length') or 0)
+                blocks = iter(lambda: source.read(1 << 20), b'')
                 for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
-                    target.write(block)
-        if size and part.stat().st_size != size:        # the connection's end looks like the file's
-            raise OSError(f'only {part.stat().st_size:,} of {size:,} bytes came')
-        check_hash(part, algorithm, digest, f'what came from {url}')
-        os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f'{path} is not there and could not be downloaded from {url}: {error}')
-    finally:
-        discard(part)
-
-
-def check_hash(path, algorithm, digest, what):
-    """Raises UserError unless the hash of the file at `path` begins with `digest`; None passes any."""
-    if digest is None:
-        return
-    with open(path, 'rb') as file:
+                    file.write(block)
+            if size and file.tell() != size:            # the connection's end looks like the file's
+                raise OSError(f'only {file.tell():,} of {size:,} bytes came')
         found = hashlib.file_digest(file, algorithm).hexdigest()
-    if not found.startswith(digest):
-        raise UserError(f'{what} has {algorithm} {found}, not {digest}: {DAMAGED}')
+        if not found.startswith(digest or ''):
+            raise UserError(f'{path if there else url} has {algorithm} {found}, not {digest}: {DAMAGED}')
+        if not there:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda target: target.write(file.getvalue()))
 
 
 # 6. Training steps
 
-def network(net, precision, device):
+def network(net, precision):
     """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None."""
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision)
     classes = getattr(net, 'module', net).label_dim
 
     def call(x, noise_labels, y=None):
-        y = None if y is None else torch.nn.functional.one_hot(y, classes).float()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        y = torch.nn.functional.one_hot(y, classes).float() if classes and y is not None else None
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             return net(x.contiguous(memory_format=torch.channels_last), noise_labels, y).float()
     return call
 
@@ -819,6 +739,17 @@ def true_float32():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def optimal_transport(x0, z):
+    """The order of images x0 (B, ...) whose pairs with z (B, ...) have the least sum of |x0 - sigma_max z|². -> (B,)"""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise UserError('--coupling ot needs SciPy: pip install scipy')
+    with true_float32():
+        gain = z.flatten(1) @ x0.flatten(1).T           # the squares are the same in any order, whatever the scale of z
+    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(x0.device)
 
 
 LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients within float16's range; `finish_gradients` undoes it
@@ -861,7 +792,6 @@ class Clock:
 
     def __init__(self, args, device):
         self.args, self.device, self.parts, self.products, self.last = args, device, [], [], None
-        self.counter = FlopCounterMode(display=False)
 
     def now(self):
         if self.device.type == 'cuda':
@@ -869,39 +799,40 @@ class Clock:
         return time.perf_counter()
 
     def __call__(self, part):
-        if self.args.benchmark:
+        if self.last is not None:
             now = self.now()
-            if self.last is not None:
-                self.parts[-1][part] = self.parts[-1].get(part, 0) + now - self.last
+            self.parts[-1][part] = self.parts[-1].get(part, 0) + now - self.last
             self.last = now
 
     def watch(self, net, part):
-        """`net`, whose time is booked on `part`, and what came before its call on 'loss'."""
+        """`network(net)`, whose time is booked on `part`, and what came before its call on 'loss'."""
+        function = network(net, self.args.precision)
+
         def call(*inputs):
             self('loss')
-            out = net(*inputs)
+            out = function(*inputs)
             self(part)
             return out
-        return call if self.args.benchmark else net
+        return call if self.args.benchmark else function
 
-    def next_step(self, params):
-        """Called as every step begins: True, after the report, once --benchmark's steps and two before are done."""
+    def steps(self, batches, net):
+        """`batches`; of those of --benchmark the first is for counting operations, the second for warming up."""
         if not self.args.benchmark:
-            return False
-        if not self.parts:
-            torch.compiler.set_stance('force_eager')            # the counter does not see into compiled code
-            self.counter.__enter__()
-        elif len(self.parts) == 1:
-            self.counter.__exit__(None, None, None)
-            torch.compiler.set_stance('default')
-        elif len(self.parts) == self.args.benchmark + 2:
-            self.report(params)
-            return True
-        if len(self.parts) >= 2:
+            yield from batches
+            return
+        torch.compiler.set_stance('force_eager')                # the counter does not see into compiled code
+        with FlopCounterMode(display=False) as counter:
+            yield next(batches)
+        torch.compiler.set_stance('default')
+        yield next(batches)
+        for _ in range(self.args.benchmark):
             self.product()
-        self.parts.append({})
-        self.last = self.now() if self.parts[1:] else None
-        return False
+            self.parts.append({})
+            self.last = self.now()
+            yield next(batches)
+            self('log')
+            self.last = None
+        self.report(counter.get_total_flops(), net)
 
     def product(self):
         """Times a large matrix product, which few networks outrun: between steps, under the same conditions."""
@@ -913,22 +844,21 @@ class Clock:
             a @ a
             self.products += [2 * n ** 3 / (self.now() - begin)] * (i > 0)              # the first one warms up
 
-    def report(self, params):
-        """Prints medians over all steps but the first two."""
-        names = {name: None for step in self.parts[2:] for name in step}            # in order, each once
-        parts = {name: float(np.median([step.get(name, 0.0) for step in self.parts[2:]])) for name in names}
+    def report(self, flops, net):
+        """Prints medians over the timed steps, whose floating-point operations are `flops` each."""
+        names = {name: None for step in self.parts for name in step}                # in order, each once
+        parts = {name: float(np.median([step.get(name, 0.0) for step in self.parts])) for name in names}
         total, peak = sum(parts.values()), float(np.median(self.products))
-        rate = self.counter.get_total_flops() / total
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.device.type == 'cuda':
             memory = torch.cuda.max_memory_allocated()
         say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
             f'peak memory {memory / 2 ** 30:.2f} GiB')
-        say(f'{rate / 1e12:.4g} TFLOP/s a process, {rate / peak:.1%} of the {peak / 1e12:.4g} of a '
+        say(f'{flops / total / 1e12:.4g} TFLOP/s a process, {flops / total / peak:.1%} of the {peak / 1e12:.4g} of a '
             f'{self.args.precision} matrix product alone')
         say('\n'.join(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}' for name, spent in parts.items()))
         if dist.is_initialized():
-            gradient, spent = torch.zeros(sum(p.numel() for p in params), device=self.device), []
+            gradient, spent = torch.zeros(sum(p.numel() for p in net.parameters()), device=self.device), []
             for _ in range(5):
                 begin = self.now()
                 dist.all_reduce(gradient)
@@ -948,7 +878,7 @@ def check_out(args):
     out = Path(args.out)
     if args.benchmark or args.resume or args.overwrite or args.use:
         return
-    if (out / 'config.json').exists() or (out / 'checkpoint.pt').exists():
+    if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
         raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
                         '--out DIR goes elsewhere')
     if out.exists() and not out.is_dir():
@@ -965,16 +895,16 @@ def open_run(args, **parts):
         for name, part in parts.items():
             restore(part, state[name], out)
         step = state['step']
-    if rank() == 0 and not args.benchmark:
-        old = [*out.glob('*.pt'), *out.glob('*.part'), *out.glob('samples/*.png'), out / 'metrics.jsonl']
-        try:
+    if args.benchmark:
+        return args.pretrain_steps                              # tuning, not its start, is timed
+    if rank() == 0:
+        config = json.dumps(config_of(args), indent=2).encode()
+        with or_refuse(f'--out {out}'):
             (out / 'samples').mkdir(parents=True, exist_ok=True)
-            for path in [] if args.resume else old:
-                path.unlink(missing_ok=True)
-            config = json.dumps(config_of(args), indent=2).encode()
+            for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
+                for path in out.glob(pattern):
+                    path.unlink()
             write_atomic(out / 'config.json', lambda file: file.write(config))
-        except OSError as error:
-            raise UserError(f'--out {out}: {error}')
     if dist.is_initialized():
         dist.barrier()
     return step
@@ -985,7 +915,7 @@ def write_atomic(path, write, previous=None):
 
     The file that had the name before becomes `previous`, or goes.
     """
-    part = path.with_name(f'{path.name}.part')
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')            # another run may make the same file
     try:
         with open(part, 'wb') as file:
             write(file)
@@ -995,7 +925,8 @@ def write_atomic(path, write, previous=None):
             os.replace(path, previous)
         os.replace(part, path)
     except BaseException as error:
-        discard(part)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):                     # what torch.save makes of a full disk
             raise OSError(str(error).splitlines()[0]) from error
         raise
@@ -1007,7 +938,7 @@ def or_go_on(what):
     try:
         yield
     except OSError as error:
-        say(f'{what} could not be written ({error.strerror or error}); training goes on')
+        say(f'{what} could not be written ({error.strerror or error}); the run goes on')
 
 
 def save_checkpoint(args, step, **parts):
@@ -1019,28 +950,37 @@ def save_checkpoint(args, step, **parts):
             write_atomic(out / 'checkpoint.pt', lambda file: torch.save(state, file), previous=out / 'previous.pt')
 
 
-def save_final(args, model, name='final', apart=()):
-    """State of the EMA network alone, a plain dict, for this and for others' code, as NAME.pt.
+def save_final(args, model, name='final'):
+    """State of the EMA network alone, a plain dict, for this and for others' code, as NAME.pt in the run's folder.
 
-    Of the submodules named in `apart`, those that it has go to files of their own, NAME-submodule.pt.
+    An encoder that is part of it goes to a file of its own, NAME-encoder.pt.
     """
-    state, files = model.state_dict(), {}
-    for part in apart:
-        files[f'{name}-{part}.pt'] = {key.removeprefix(f'{part}.'): state.pop(key)
-                                      for key in list(state) if key.startswith(f'{part}.')}
-    for file, values in ({f'{name}.pt': state} | files).items():
-        if rank() or not values:
-            continue
-        path = Path(args.out) / file
-        with or_go_on(path) if name != 'final' else contextlib.nullcontext():
-            try:
-                write_atomic(path, lambda file: torch.save(values, file))
-            except OSError as error:
-                if name != 'final':
-                    raise
-                advice = f'make room, then --resume --out {args.out}'
-                raise UserError(f'{path} could not be written: {error}; {advice}', code=1)
-            say(f'written: {path}')
+    if rank() or args.benchmark:
+        return
+    network, path = model.state_dict(), Path(args.out) / f'{name}.pt'
+    encoder = {key: network.pop(key) for key in list(network) if key.startswith('encoder.')}
+    with or_refuse(f'{path} could not be written (make room, then --resume)', 1) if name == 'final' else or_go_on(path):
+        write_atomic(path, lambda file: torch.save(network, file))
+        if encoder:
+            write_atomic(path.with_stem(f'{name}-encoder'), lambda file: torch.save(encoder, file))
+        say(f'written: {path}')
+
+
+def keep(args, step, log, evaluate, draw, ema, **parts):
+    """What is due after a step: distances, pictures, a checkpoint. -> whether the run is to stop
+
+    evaluate() -> {name: distance}; draw as a script's `sample`; parts as for `open_run`.
+    """
+    if log.due(step, args.eval_every) and log.evaluated(step, evaluate()):
+        save_final(args, ema, 'best')
+    if log.due(step, args.sample_every) and rank() == 0:
+        images = draw(64, args.nfe[0], seed=args.seed)          # always of the same noise: one sees them form
+        with or_go_on(f'the pictures of step {step:,}'):
+            save_grid(images, Path(args.out) / 'samples' / f'{step:07}.png')
+            save_curves(log.path, Path(args.out) / 'curves.png')
+    if log.due(step, args.save_every) or log.stop:
+        save_checkpoint(args, step, ema=ema, **parts)
+    return log.stop
 
 
 def load_checkpoint(path):
@@ -1058,34 +998,25 @@ def load_checkpoint(path):
             except UserError as error:
                 say(f'{error}; going back to {after.name}')
         path = found[-1]
-    try:
-        with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
-            assert (bad := archive.testzip()) is None, f'{bad} in it is damaged'
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        assert isinstance(state, dict) and state, 'not a checkpoint'
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(f'{path}: there is no such checkpoint')
-    except Exception as error:          # whatever torch, zip and pickle say about a file that is not theirs
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'{path} cannot be read as a checkpoint: {reason}')
-    state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
-    if not isinstance(state['config'], dict) or not isinstance(state.get('ema'), dict):
-        raise UserError(f'{path} cannot be read as a checkpoint: no weights or no settings in it')
-    return state
+    with or_refuse(f'{path} cannot be read as a checkpoint'):
+        with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
+            assert archive.testzip() is None, 'it is damaged'
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        assert state and isinstance(state, dict), 'there are no weights in it'
+        state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
+        assert isinstance(state['config'], dict) and isinstance(state['ema'], dict), 'there are no weights in it'
+        return state
 
 
-def load_network(path, make_network, device='cpu', apart=()):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), ready to sample; its settings are in `.config`.
-
-    apart: the submodules that `save_final` put into files of their own.
-    """
-    state = load_checkpoint(path)
+def load_network(path, make_network, device='cpu'):
+    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for sampling; its settings are in `.config`."""
+    state, path = load_checkpoint(path), Path(path)
     model, weights = make_network(argparse.Namespace(**state['config'])), state['ema']
-    for name in apart:
-        if hasattr(model, name) and not any(key.startswith(f'{name}.') for key in weights):
-            file = Path(path) / 'final.pt' if Path(path).is_dir() else Path(path)
-            part = load_checkpoint(file.with_name(f'{file.stem}-{name}.pt'))['ema']
-            weights = weights | {f'{name}.{key}': value for key, value in part.items()}
+    if hasattr(model, 'encoder') and not any(key.startswith('encoder.') for key in weights):    # as save_final puts it
+        path = path / 'final.pt' if path.is_dir() else path
+        weights = weights | load_checkpoint(path.with_stem(f'{path.stem}-encoder'))['ema']
     restore(model, weights, path)
     model.config = state['config']
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -1093,10 +1024,18 @@ def load_network(path, make_network, device='cpu', apart=()):
 
 def restore(module, state, path):
     """module.load_state_dict(state), with a mismatch told in one line."""
-    try:
+    with or_refuse(f'{path} does not fit this network'):
         module.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path} does not fit this network: {error}')
+
+
+def sampling_noise(model, n, nfe, labels, seed, first):
+    """For each up to 250 of n images to sample: noise, nfe times N(0, I) (b, C, H, W), and their labels (b,)."""
+    config, device = model.config, next(model.parameters()).device
+    shape = (n, config['in_channels'], config['resolution'], config['resolution'])
+    noise = [randn(shape, seed, i, 'sample') for i in range(nfe)]
+    y = choose_labels(n, labels, config['label_dim'], first)
+    for part in progress(torch.arange(n).split(250), 'samples, 250 at a time'):
+        yield [z[part].to(device) for z in noise], y[part].to(device)
 
 
 def read_metrics(path):
@@ -1115,12 +1054,11 @@ class Log:
     def __init__(self, args, start, device):
         self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
         self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
-        self.pending, self.names, self.unwritten, self.stop = [], [], [], False
-        self.nonfinite = self.in_a_row = 0                      # steps whose gradients were not finite
+        self.pending, self.unwritten, self.signal, self.stop = [], [], False, False
+        self.nonfinite, self.in_a_row = 0, 0                    # steps whose gradients were not finite
         self.best = math.inf                                    # Fréchet distance
         self.first = self.shown_step = start
         self.begin = self.shown = time.monotonic()
-        self.signal = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
@@ -1129,10 +1067,8 @@ class Log:
             self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
             self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
             text = ''.join(json.dumps(line) + '\n' for line in lines).encode()
-            try:
+            with or_refuse(f'{self.path} cannot be written'):
                 write_atomic(self.path, lambda file: file.write(text))
-            except OSError as error:
-                raise UserError(f'{self.path} cannot be written: {error.strerror or error}')
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -1145,7 +1081,7 @@ class Log:
         self.names = list(values)
         self.pending.append(torch.stack([value.detach().float() for value in values.values()]))
         intervals = self.args.save_every, self.args.sample_every, self.args.eval_every
-        if len(self.pending) >= self.block or step == self.args.steps or any(self.due(step, n) for n in intervals):
+        if len(self.pending) >= self.block or any(self.due(step, every) for every in intervals):
             self.flush(step)
 
     def due(self, step, every):
@@ -1160,25 +1096,26 @@ class Log:
             dist.all_reduce(rows)
             rows /= world_size()
         rows, self.pending, lines = rows.tolist(), [], []
-        for number, row in zip(range(step - len(rows) + 1, step + 1), rows):
+        for number, row in enumerate(rows, step - len(rows) + 1):
             values = dict(zip(self.names, row))
             self.stop = values.pop('stop') > 0 or self.stop
             bad = not all(map(math.isfinite, values.values()))
             self.nonfinite, self.in_a_row = self.nonfinite + bad, bad * (self.in_a_row + 1)
-            told = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
-            lines.append({'step': number} | told | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
+            shown = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
+            lines.append({'step': number} | shown | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
             if self.in_a_row >= 20:
-                self.write(*lines)
-                raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step '
-                                f'{number}; the last checkpoint in {self.args.out} is from before. Try a lower --lr '
-                                'or --precision fp32', code=1)
+                break
         self.write(*lines)
+        if self.in_a_row >= 20:
+            raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step {number}; '
+                            f'the last checkpoint in {self.args.out} is from before. Try a lower --lr '
+                            'or --precision fp32', code=1)
         now = time.monotonic()
         if now - self.shown > (0.2 if sys.stdout.isatty() else 15) or step == self.args.steps or self.stop:
             speed = (step - self.shown_step) / max(now - self.shown, 1e-9) * self.args.batch
             left = (self.args.steps - step) * (now - self.begin) / (step - self.first)
-            shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            say(f'step {step:,}/{self.args.steps:,}  {shown}  {speed:,.0f} img/s  {duration(left)} left',
+            text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+            say(f'step {step:,}/{self.args.steps:,}  {text}  {speed:,.0f} img/s  {duration(left)} left',
                 refresh=step < self.args.steps and not self.stop)
             self.shown, self.shown_step = now, step
         if self.stop and not self.args.benchmark:
@@ -1201,7 +1138,7 @@ class Log:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)
             if len(self.unwritten) == len(lines):               # told once
-                say(f'{self.path} could not be written ({error.strerror or error}); training goes on')
+                say(f'{self.path} could not be written ({error.strerror or error}); the run goes on')
 
     def evaluated(self, step, distances):
         """Notes Fréchet distances {name: value}, all of the same model. -> whether the first is the best of the run"""
@@ -1214,115 +1151,86 @@ class Log:
 # 8. Pictures
 
 def choose_labels(n, labels, classes, first=0):
-    """`labels` (a list; None: all) in turn from number `first` on, (n,) int64; None for a model without classes."""
+    """`labels` (a list; None: all) in turn from number `first` on, (n,) int64; zeros for a model without classes."""
     if labels and max(labels) >= classes:
-        known = f'{classes} classes' + f', 0 to {classes - 1}' * bool(classes)
-        raise UserError(f'--labels {max(labels)}: the model has {known}')
-    labels = labels or range(classes)
-    return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)]) if classes else None
-
-
-def save_progress(args, step, images, log):
-    """A grid of samples and the curves so far, from the first process."""
-    if rank() == 0:
-        with or_go_on(f'the pictures of step {step:,}'):
-            save_grid(images, Path(args.out) / 'samples' / f'{step:07}.png')
-            save_curves(log.path, Path(args.out) / 'curves.png')
+        raise UserError(f'--labels {max(labels)}: the model has {classes} classes, counted from 0')
+    labels = labels or range(max(classes, 1))
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)])
 
 
 def save_grid(images, path, columns=None):
     """Images (N, C, H, W) in [-1, 1] -> one PNG, each magnified to about 64 pixels, row by row."""
-    images = to_uint8(images.detach().float().cpu())
-    n, channels, height, width = images.shape
+    images = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    n, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     zoom, gap = max(1, 64 // width), 2
     across, down = width * zoom + gap, height * zoom + gap
     sheet = Image.new('RGB', (columns * across + gap, math.ceil(n / columns) * down + gap), 'white')
-    for i, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
-        tile = Image.fromarray(np.ascontiguousarray(image))
-        tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    for i, image in enumerate(images):
+        tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * across, gap + i // columns * down))
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
 
 
 def save_picture(args, name, write):
     """`write(path)` makes what --sample or --analyse shows, in --out or beside the checkpoint; first process only."""
-    if rank():
-        return
     source = Path(args.use)
     folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / name)
-    except OSError as error:
-        raise UserError(f'{folder / name} cannot be written: {error.strerror or error}')
-    say(str(folder / name))
+    if rank() == 0:
+        with or_refuse(f'{folder / name} cannot be written'):
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / name)
+        say(str(folder / name))
 
 
 def save_samples(args, draw):
-    """What --sample makes: --n images of draw(n, nfe, seed=); with several --nfe, strips that begin at the same noise.
-
-    A strip has up to 16 images; below each of one number of evaluations is that of the next.
-    """
+    """--sample: a grid of --n images draw(n, nfe, seed=); of several --nfe, rows of 16 in turn, from the same noise."""
     sets = torch.stack([draw(args.n, nfe, seed=args.seed) for nfe in args.nfe])         # (len(nfe), n, C, H, W)
-    if len(sets) == 1:
-        return save_picture(args, f'sample-{args.nfe[0]}-step.png', lambda path: save_grid(sets[0], path))
-    columns = min(args.n, 16)
+    columns = min(args.n, 16) if len(sets) > 1 else math.ceil(math.sqrt(args.n))
     blank = sets.new_ones(len(sets), -args.n % columns, *sets.shape[2:])
     strips = torch.cat([part.flatten(0, 1) for part in torch.cat([sets, blank], 1).split(columns, 1)])
-    say('rows, from the top: ' + ', '.join(f'{nfe} step{"s" * (nfe > 1)}' for nfe in args.nfe))
-    name = f'sample-{"-".join(map(str, args.nfe))}-steps.png'
+    name = f'sample-{"-".join(map(str, args.nfe))}-step{"s" * (len(sets) > 1)}.png'     # the rows, from the top
     save_picture(args, name, lambda path: save_grid(strips, path, columns))
 
 
 def save_curves(metrics, path):
     """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
-    table = {}
+    panels = {}
     for line in read_metrics(metrics):
         for name, value in line.items():
             if name not in ('step', 'best') and isinstance(value, (int, float)):
-                table.setdefault(name, []).append((line['step'], value))
-    save_plot({name: {'': points} for name, points in table.items()}, path, 'step')
-
-
-INKS = ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
+                panels.setdefault(name, {'': []})[''].append((line['step'], value))
+    save_plot(panels, path, 'step')
 
 
 def save_plot(panels, path, x_name):
-    """Curves as a PNG: panels {title: {name of a curve: [(x, y), ...]}}, each curve averaged to at most 200 points.
+    """Curves, each averaged to at most 200 points, as a PNG: panels {title: {name of a curve: [(x, y), ...]}}."""
+    sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
+    draw, inks = ImageDraw.Draw(sheet), ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
 
-    An axis whose values span much is logarithmic, but for that of the steps.
-    """
-    width, height, font = 720, 240, ImageFont.load_default(13)
-    sheet = Image.new('RGB', (width, height * max(1, len(panels))), 'white')
-    draw = ImageDraw.Draw(sheet)
-
-    def scale(values, much):
-        """-> function from values to 0..1, its inverse, and whether it is a logarithm."""
+    def axis(values, much):
+        """-> values at 0, 1/2 and 1 of an axis, function from values to shares of it, a note if it is logarithmic"""
         low, high = values.min(), values.max()
         if low > 0 and high > much * low:
-            return lambda v: np.log(v / low) / np.log(high / low), lambda share: low * (high / low) ** share, True
-        return lambda v: (v - low) / ((high - low) or 1), lambda share: low + share * (high - low), False
+            return np.geomspace(low, high, 3), lambda v: np.log(v / low) / np.log(high / low), ' (log scale)'
+        return np.linspace(low, high, 3), lambda v: (v - low) / (high - low or 1), ''
 
-    for panel, (title, curves) in enumerate(panels.items()):
-        shorter = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
-        curves = {name: np.stack([part.mean(0) for part in shorter(points)]) for name, points in curves.items()}
-        every = np.concatenate(list(curves.values()))
-        place_x, tick_x, _ = scale(every[:, 0], math.inf if x_name == 'step' else 1000)
-        place_y, tick_y, logarithmic = scale(every[:, 1], 20)
-        left, right, top, bottom = 74, width - 20, panel * height + 28, (panel + 1) * height - 44
-        draw.rectangle([left, top, right, bottom], outline='#bbbbbb')
-        draw.text((left, top - 20), title + ' (log scale)' * logarithmic, 'black', font)
-        draw.text(((left + right) / 2, bottom + 24), x_name, 'black', font, anchor='ma')
-        for share, anchor in ((0, 'la'), (0.5, 'ma'), (1, 'ra')):
-            x, y = left + share * (right - left), bottom - share * (bottom - top)
-            draw.text((left - 6, y), f'{tick_y(share):.4g}', 'black', font, anchor='rm')
-            draw.text((x, bottom + 8), f'{tick_x(share):,.5g}', 'black', font, anchor=anchor)
+    for row, (title, curves) in enumerate(panels.items()):
+        at = lambda x, y: (74 + 626 * x, 240 * row + 196 - 168 * y)         # shares of the axes -> pixels
+        parts = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
+        curves = {name: np.array([part.mean(0) for part in parts(points)]) for name, points in curves.items()}
+        xs, ys = np.concatenate(list(curves.values())).T
+        x_ticks, x_share, _ = axis(xs, math.inf if x_name == 'step' else 1000)
+        y_ticks, y_share, note = axis(ys, 20)
+        draw.rectangle([at(0, 1), at(1, 0)], outline='#bbbbbb')
+        draw.text(at(0, 1.05), title + note, 'black', font, anchor='ls')
+        draw.text(at(0.5, -0.14), x_name, 'black', font, anchor='ma')
+        for share, x, y, anchor in zip((0, 0.5, 1), x_ticks, y_ticks, ('la', 'ma', 'ra')):
+            draw.text(at(share, -0.05), f'{x:,.5g}', 'black', font, anchor=anchor)
+            draw.text(at(-0.01, share), f'{y:.4g}', 'black', font, anchor='rm')
         for i, (name, curve) in enumerate(curves.items()):
-            xs = left + place_x(curve[:, 0]) * (right - left)
-            ys = bottom - place_y(curve[:, 1]) * (bottom - top)
-            draw.line(list(zip(xs, ys)), fill=INKS[i], width=2)
-            if len(curve) == 1:
-                draw.ellipse([xs[0] - 3, ys[0] - 3, xs[0] + 3, ys[0] + 3], fill=INKS[i])
-            draw.text((right - 90 * (len(curves) - i), top - 20), name, INKS[i], font)
+            x, y = at(x_share(curve[:, 0]), y_share(curve[:, 1]))
+            draw.line([*zip(x, y)], fill=inks[i], width=2)
+            draw.ellipse([x[-1] - 3, y[-1] - 3, x[-1] + 3, y[-1] + 3], fill=inks[i])        # shows a single point, too
+            draw.text(at(1 - 0.15 * (len(curves) - i), 1.05), name, inks[i], font, anchor='ls')
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))

@@ -8,14 +8,12 @@ bilinear resize to 299 (no half-pixel offset, unlike PyTorch's), pixels (x - 128
 float64 statistics, and 50,000 samples against the whole training set. Anything else is printed with what differs.
 
     python fid.py IMAGES --against IMAGES|STATS.npz [--num N] [--against-num N]
-
-IMAGES: a folder or zip of images, CIFAR-10's folder or archive (its training set), or one of CIFAR-10's .bin files.
 """
 import argparse
 import hashlib
 import sys
+from collections import OrderedDict
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -25,128 +23,94 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import common
-from common import UserError
 
-RELEASE = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights'
-WEIGHTS_URL = f'{RELEASE}/pt_inception-2015-12-05-6726825d.pth'
-WEIGHTS_SHA256 = '6726825d'         # how the hash of that file begins
-TENSORS_SHA256 = 'c9ce7f36d5ee9536ecde7e5b5b679a59d152a85abff7981e0d6c0e5d706e3557'    # of the tensors, by name
+URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth'
+TENSORS_SHA256 = 'c9ce7f36d5ee9536ecde7e5b5b679a59d152a85abff7981e0d6c0e5d706e3557'    # of what is in it, by name
+LOT = 100                           # pictures at a time; each lot of samples has a seed of its own
 
 
 # 1. The Inception network, parameter names as in pytorch-fid's file
 
-class Conv(nn.Module):
-    """Convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H', W'); padding keeps the size unless given."""
+class Conv(nn.Sequential):
+    """Convolution, batch norm, ReLU: (B, in, H, W) -> (B, out, H', W')."""
 
-    def __init__(self, cin, cout, kernel=1, stride=1, pad=None):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        pad = tuple(k // 2 for k in kernel) if pad is None else pad
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, pad, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps=0.001)
-
-    def forward(self, x):
-        return F.relu_(self.bn(self.conv(x)))
-
-    def fold(self):
-        """The batch norm becomes part of the convolution: one pass over memory less."""
-        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+    def __init__(self, cin, cout, kernel, stride=1, padding='same'):
+        conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
+        bn = nn.BatchNorm2d(cout, eps=0.001)
+        super().__init__(OrderedDict(conv=conv, bn=bn, relu=nn.ReLU(inplace=True)))
 
 
 class Block(nn.Module):
-    """Parallel branches of convolutions, and a pooled one, joined by channels.
+    """Branches of convolutions side by side, and one of pooling, joined by channels: (B, in, H, W) -> (B, out, H', W').
 
-    `branches` names each branch's layers with the arguments of `Conv` after the input's width; a branch that ends in a
-    list forks there. `pool`: 'avg' (padding not counted), 'max', or 'max2' (stride 2); `pool_width`: of a 1x1
-    convolution after it.
+    branches: {name: layers}, a layer being the arguments of `Conv` after the first, or a dict of two such for a fork;
+    pooled: the width of a 1x1 convolution after the pooling.
     """
 
-    def __init__(self, cin, branches, pool, pool_width=None):
+    def __init__(self, cin, pool, branches, pooled=None):
         super().__init__()
-        self.paths, self.pool = [], pool
-        for branch in branches:
-            width, path = cin, []
-            for layer in branch:
-                for name, *args in layer if isinstance(layer, list) else [layer]:
-                    setattr(self, name, Conv(width, *args))
-                path.append([name for name, *_ in layer] if isinstance(layer, list) else layer[0])
-                width = args[0]
-            self.paths.append(path)
-        if pool_width:
-            self.branch_pool = Conv(cin, pool_width)
+        self.pool, self.branches = pool, []
+        self.branch_pool = Conv(cin, pooled, 1) if pooled else nn.Identity()
+        for branch, layers in branches.items():
+            width, steps = cin, []
+            for i, layer in enumerate(layers, 1):
+                name = f'{branch}_{i}' if len(layers) > 1 else branch
+                parts = layer if isinstance(layer, dict) else {'': layer}
+                for letter, (cout, *rest) in parts.items():
+                    self.add_module(name + letter, Conv(width, cout, *rest))
+                steps.append([name + letter for letter in parts])
+                width = cout
+            self.branches.append(steps)
 
     def forward(self, x):
         outs = []
-        for path in self.paths:
-            y = x
-            for name in path:
-                fork = isinstance(name, list)
-                y = torch.cat([getattr(self, n)(y) for n in name], 1) if fork else getattr(self, name)(y)
-            outs.append(y)
-        if self.pool == 'avg':
-            y = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        else:
-            y = F.max_pool2d(x, 3, stride=2) if self.pool == 'max2' else F.max_pool2d(x, 3, stride=1, padding=1)
-        return torch.cat([*outs, self.branch_pool(y) if hasattr(self, 'branch_pool') else y], 1)
+        for steps in self.branches:
+            y = [x]
+            for names in steps:
+                y = [getattr(self, name)(y[0]) for name in names]
+            outs += y
+        return torch.cat([*outs, self.branch_pool(self.pool(x))], 1)
 
 
-def block_a(cin, pool_width):
-    """35x35 -> 35x35."""
-    double = [('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, 3), ('branch3x3dbl_3', 96, 3)]
-    return Block(cin, [[('branch1x1', 64)], [('branch5x5_1', 48), ('branch5x5_2', 64, 5)], double], 'avg', pool_width)
-
-
-def block_c(c):
-    """17x17 -> 17x17, with 7x7 convolutions in two factors."""
-    wide, tall = (1, 7), (7, 1)
-    return Block(768, [[('branch1x1', 192)], [('branch7x7_1', c), ('branch7x7_2', c, wide), ('branch7x7_3', 192, tall)],
-                       [('branch7x7dbl_1', c), ('branch7x7dbl_2', c, tall), ('branch7x7dbl_3', c, wide),
-                        ('branch7x7dbl_4', c, tall), ('branch7x7dbl_5', 192, wide)]], 'avg', 192)
-
-
-def block_e(cin, pool):
-    """8x8 -> 8x8, whose branches fork at their ends."""
-    fork = lambda name: [(f'{name}a', 384, (1, 3)), (f'{name}b', 384, (3, 1))]
-    return Block(cin, [[('branch1x1', 320)], [('branch3x3_1', 384), fork('branch3x3_2')],
-                       [('branch3x3dbl_1', 448), ('branch3x3dbl_2', 384, 3), fork('branch3x3dbl_3')]], pool, 192)
-
-
-class InceptionV3(nn.Module):
+class InceptionV3(nn.Sequential):
     """The FID network. forward: images (B, 3, H, W), 0..255, any number type -> features (B, 2048), float32."""
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, pad=0)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, pad=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, pad=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = block_a(192, 32), block_a(256, 64), block_a(288, 64)
-        self.Mixed_6a = Block(288, [[('branch3x3', 384, 3, 2, 0)], [('branch3x3dbl_1', 64), ('branch3x3dbl_2', 96, 3),
-                                                                    ('branch3x3dbl_3', 96, 3, 2, 0)]], 'max2')
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (block_c(c) for c in (128, 160, 160, 192))
-        self.Mixed_7a = Block(768, [[('branch3x3_1', 192), ('branch3x3_2', 320, 3, 2, 0)],
-                                    [('branch7x7x3_1', 192), ('branch7x7x3_2', 192, (1, 7)),
-                                     ('branch7x7x3_3', 192, (7, 1)), ('branch7x7x3_4', 192, 3, 2, 0)]], 'max2')
-        self.Mixed_7b, self.Mixed_7c = block_e(1280, 'avg'), block_e(2048, 'max')
+        avg, half = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2)
+        wide, tall = (1, 7), (7, 1)                                     # a 7x7 convolution in two factors
+        fork = dict(a=(384, (1, 3)), b=(384, (3, 1)))
+        # branches of the blocks at 35x35, 17x17 and 8x8 pixels, and of those that lead to the next size
+        at35 = dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+        at17 = lambda c: dict(branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, wide), (192, tall)],
+                              branch7x7dbl=[(c, 1), (c, tall), (c, wide), (c, tall), (192, wide)])
+        at8 = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), fork], branch3x3dbl=[(448, 1), (384, 3), fork])
+        to17 = dict(branch3x3=[(384, 3, 2, 0)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2, 0)])
+        to8 = dict(branch3x3=[(192, 1), (320, 3, 2, 0)],
+                   branch7x7x3=[(192, 1), (192, wide), (192, tall), (192, 3, 2, 0)])
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=Conv(3, 32, 3, 2, 0), Conv2d_2a_3x3=Conv(32, 32, 3, 1, 0), Conv2d_2b_3x3=Conv(32, 64, 3),
+            pool1=half, Conv2d_3b_1x1=Conv(64, 80, 1), Conv2d_4a_3x3=Conv(80, 192, 3, 1, 0), pool2=half,
+            Mixed_5b=Block(192, avg, at35, 32), Mixed_5c=Block(256, avg, at35, 64), Mixed_5d=Block(288, avg, at35, 64),
+            Mixed_6a=Block(288, half, to17),
+            Mixed_6b=Block(768, avg, at17(128), 192), Mixed_6c=Block(768, avg, at17(160), 192),
+            Mixed_6d=Block(768, avg, at17(160), 192), Mixed_6e=Block(768, avg, at17(192), 192),
+            Mixed_7a=Block(768, half, to8),
+            Mixed_7b=Block(1280, avg, at8, 192), Mixed_7c=Block(2048, nn.MaxPool2d(3, 1, 1), at8, 192)))
 
+    @torch.inference_mode()
+    @common.true_float32()                                              # whatever --precision says
     def forward(self, images):
-        x = (resize_tf1(images.float(), 299, 299) - 128) / 128
-        for name, layer in self.named_children():
-            if name in ('Conv2d_3b_1x1', 'Mixed_5b'):
-                x = F.max_pool2d(x, 3, stride=2)
-            x = layer(x)
-        return x.mean((2, 3))
+        return super().forward((resize_tf1(images.float(), 299, 299) - 128) / 128).mean((2, 3))
 
 
 def resize_tf1(x, height, width):
     """TensorFlow 1's bilinear resize: output pixel i looks at i * in / out, with no half-pixel offset. x (..., H, W)"""
-    for dim, size in [(-1, width), (-2, height)]:
-        n = x.shape[dim]
+    for size in (width, height):
+        x = x.mT                                            # brings the axis to where whole rows are read
+        n = x.shape[-2]
         at = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
         low = at.long().clamp(max=n - 1)
-        part = at - low if dim == -1 else (at - low)[:, None]
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1)), part)
+        x = torch.lerp(x[..., low, :], x[..., (low + 1).clamp(max=n - 1), :], (at - low)[:, None])
     return x
 
 
@@ -157,25 +121,20 @@ def load_inception(path=None, data_dir='data', device='cpu'):
     """
     if path is None:
         with common.one_first():
-            found = sorted(Path(data_dir).glob('*inception-2015-12-05*.pth'))
-            path = found[0] if found else Path(data_dir) / WEIGHTS_URL.split('/')[-1]
-            if not found:
-                common.download(WEIGHTS_URL, path, 'sha256', WEIGHTS_SHA256)
+            found = Path(data_dir).glob('*inception-2015-12-05*.pth')
+            path = min(found, default=Path(data_dir) / URL.split('/')[-1])
+            if not path.exists():
+                common.download(URL, path, 'sha256', '6726825d')
     net = InceptionV3()
-    wanted = net.state_dict()
-    try:
+    with common.or_refuse(f'{path} does not hold the Inception weights'):
         state = torch.load(path, map_location='cpu', weights_only=True)
-        state = {name: state[name] for name in sorted(wanted) if not name.endswith('num_batches_tracked')}
+        state = {name: state[name] for name in sorted(net.state_dict()) if not name.endswith('num_batches_tracked')}
+        net.load_state_dict(state)
         digest = hashlib.sha256(b''.join(name.encode() + p.numpy().tobytes() for name, p in state.items())).hexdigest()
-        net.load_state_dict(state | {name: p for name, p in wanted.items() if name not in state})
-    except FileNotFoundError:
-        raise UserError(f'--inception {path}: there is no such file')
-    except Exception as error:              # whatever a file that is not one of these makes torch say
-        raise UserError(f'{path} does not hold the Inception weights: {error!r}')
     net.eval().requires_grad_(False)
-    for module in net.modules():
+    for module in net.modules():            # the batch norm becomes part of the convolution: one pass over memory less
         if isinstance(module, Conv):
-            module.fold()
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
     name = 'FID' if digest == TENSORS_SHA256 else f'FID with other Inception weights ({digest[:8]})'
     return net.to(device, memory_format=torch.channels_last), name
 
@@ -183,31 +142,23 @@ def load_inception(path=None, data_dir='data', device='cpu'):
 # 2. Statistics
 
 class Statistics:
-    """Mean and covariance of a stream of features, in float64; memory does not grow with their number."""
+    """Mean and covariance of a stream of features, in float64; memory does not grow with their number.
 
-    def __init__(self):
-        self.n, self.sum, self.outer = 0, 0, 0
+    `total` (1 + D, 1 + D) sums x xᵀ over features x with a 1 before them: it has their number, sum and products.
+    """
+    total = 0
 
     def update(self, features):
         """features (B, D)."""
-        features = features.double()
-        self.n += len(features)
-        self.sum = self.sum + features.sum(0)
-        self.outer = self.outer + features.T @ features
-
-    def reduce(self):
-        """Adds up the statistics of all processes."""
-        if dist.is_initialized():
-            n = torch.full((), self.n, device=self.sum.device)
-            for value in (n, self.sum, self.outer):
-                dist.all_reduce(value)
-            self.n = int(n)
+        x = F.pad(features.double(), (1, 0), value=1)
+        self.total = self.total + x.T @ x
 
     def result(self):
         """-> mean (D,), covariance (D, D) as numpy float64, number of features."""
-        mu = self.sum / self.n
-        cov = (self.outer - self.n * mu.outer(mu)) / max(self.n - 1, 1)
-        return mu.cpu().numpy(), cov.cpu().numpy(), self.n
+        total = self.total.cpu().numpy()
+        n = int(total[0, 0])
+        mu = total[0, 1:] / n
+        return mu, (total[1:, 1:] - n * np.outer(mu, mu)) / max(n - 1, 1), n
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
@@ -216,139 +167,103 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     C1 C2 has the eigenvalues of sqrt(C1) C2 sqrt(C1), which is symmetric: no complex numbers, no failure where a
     covariance is singular (fewer samples than dimensions).
     """
+    if len(mu1) != len(mu2):
+        raise common.UserError(f'the reference has {len(mu2)} features to a picture, not {len(mu1)}: --fid-features?')
     mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
+    rounding = len(mu1) * np.finfo(np.float64).eps          # smaller shares of the largest eigenvalue are no variance
     values, vectors = np.linalg.eigh(cov1)
-    values[values < values.max() * len(mu1) * np.finfo(np.float64).eps] = 0             # rounding, not variance
+    values[values < values.max() * rounding] = 0
     root = vectors * np.sqrt(values) @ vectors.T
     product = np.linalg.eigvalsh(root @ cov2 @ root)
-    product[product < product.max() * len(mu1) * np.finfo(np.float64).eps] = 0
+    product[product < product.max() * rounding] = 0
     return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(product).sum())
 
 
 def load_statistics(path):
     """mu (D,), sigma (D, D), n (0 if the file does not say) from an .npz with keys `mu`, `sigma`, perhaps `n`."""
-    try:
+    with common.or_refuse(f'{path} does not hold statistics (.npz with mu and sigma)'):
         with np.load(path, allow_pickle=False) as file:
-            mu, sigma = file['mu'].astype(np.float64), file['sigma'].astype(np.float64)
-            n = int(file['n']) if 'n' in file else 0
+            mu, sigma, n = file['mu'].astype(np.float64), file['sigma'].astype(np.float64), int(file.get('n', 0))
         assert mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and np.isfinite(sigma).all(), 'wrong shapes or values'
-    except FileNotFoundError:
-        raise UserError(f'{path}: there is no such file of statistics')
-    except Exception as error:              # whatever a file that is not one of these makes numpy say
-        raise UserError(f'{path} does not hold statistics (.npz with mu and sigma): {error}')
-    return mu, sigma, n
+        return mu, sigma, n
 
 
-def save_statistics(path, mu, sigma, n):
-    """Writes what `load_statistics` reads."""
-    common.write_atomic(path, lambda file: np.savez(file, mu=mu, sigma=sigma, n=n))
-
-
-# 3. Measuring
-
-def pixel_features(images):
-    """Features that need no weights: the pixels, averaged to 16x16 or less. (B, C, H, W) 0..255 -> (B, D)"""
-    size = min(16, images.shape[-1])
-    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, size).flatten(1)
-
-
-def measure(count, images, features, what, lot=100):
-    """Statistics of `count` images; processes share the lots. images(j, n): lot j, n pictures uint8 (n, C, H, W)."""
+def measure(count, images, features):
+    """`Statistics.result` of `count` images; processes share the lots. images(first, n): uint8 (n, C, H, W)."""
     statistics = Statistics()
-    lots = [(j, min(lot, count - at)) for j, at in enumerate(range(0, count, lot))]
+    lots = [(first, min(LOT, count - first)) for first in range(0, count, LOT)]
     mine = lots[common.rank()::common.world_size()]
-    for j, n in common.progress(mine or lots[:1], f'features of {what}, {lot} images at a time'):
-        x = images(j, n).expand(-1, 3, -1, -1)                      # grey pictures become three equal channels
-        statistics.update(features(x)[:n if mine else 0])           # a process without a lot still knows their size
-    statistics.reduce()
+    for first, n in common.progress(mine or lots[:1], f'features of {count:,} images, {LOT} at a time'):
+        statistics.update(features(images(first, n))[:n if mine else 0])    # a process without a lot knows their size
+    if dist.is_initialized():
+        dist.all_reduce(statistics.total)
     return statistics.result()
 
 
-def measure_pictures(images, features, what):
-    """Statistics of a whole set of pictures, uint8 (N, C, H, W)."""
-    return measure(len(images), lambda j, n: images[100 * j:100 * j + n], features, what)
-
-
-def feature_network(kind, path, data_dir, device):
-    """-> function from uint8 images to features, and how its distance is called if all else is as in the literature."""
-    if kind == 'pixels':
-        return lambda x: pixel_features(x.to(device)), 'pixel-FD'
-    net, name = load_inception(path, data_dir, device)
-
-    @torch.inference_mode()
-    def features(x):
-        with common.true_float32():
-            return net(x.to(device).contiguous(memory_format=torch.channels_last))
-    return features, name
-
-
-def distance_name(kind, n, against, whole):
-    """'FID-50k' for what the literature calls so; for anything else a name that says what differs."""
-    if kind == 'FID' and n == 50_000 and whole:
-        return 'FID-50k'
-    return f'{kind} ({n:,} images against {against})'
-
-
 def dataset_statistics(images, features, kind, home):
-    """Statistics of a data set, kept in folder `home` under a name that is a hash of the pictures and the features."""
+    """Statistics of images uint8 (N, C, H, W), kept in folder `home` under a name that is a hash of them and `kind`."""
     digest = hashlib.sha256(f'{kind} {tuple(images.shape)}'.encode())
     digest.update(images.cpu().numpy())
-    cache = home and home / f'fid-{digest.hexdigest()[:16]}.npz'
-    found = [load_statistics(cache) if cache and common.rank() == 0 and cache.exists() else None]
+    cache = home / f'fid-{digest.hexdigest()[:16]}.npz' if home and common.rank() == 0 else None
+    found = [load_statistics(cache) if cache and cache.exists() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)           # one process decides for all whether there is anything to measure
-    result = found[0] or measure_pictures(images, features, 'the data')
-    if cache and common.rank() == 0 and not found[0]:
-        try:
-            save_statistics(cache, *result)
-        except OSError as error:
-            common.say(f'the reference statistics are not kept: {error}')
-    return result
+    mu, cov, n = found[0] or measure(len(images), lambda first, n: images[first:first + n], features)
+    if cache and not found[0]:
+        with common.or_go_on(cache):
+            common.write_atomic(cache, lambda file: np.savez(file, mu=mu, sigma=cov, n=n))
+    return mu, cov, n
 
 
-class Judge(NamedTuple):
-    """What samples are judged by."""
-    features: Callable          # uint8 images -> features (B, D)
-    kind: str                   # their distance's name
-    reference: tuple            # the statistics to compare with,
-    against: str                # what they are of,
-    whole: bool                 # and whether that is all of the training set
+# 3. Judging
+
+def pixel_features(images):
+    """Features that need no weights: the pixels, averaged to 16x16 or less. (B, C, H, W) 0..255 -> (B, D)"""
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, min(16, images.shape[-1])).flatten(1)
+
+
+def load_features(args, device):
+    """--fid-features as a function, uint8 images (B, C, H, W) -> (B, D), and the name of the distance."""
+    net, kind = pixel_features, 'pixel-FD'
+    if args.fid_features == 'inception':
+        net, kind = load_inception(args.inception, common.cache_folder(args), device)
+    return lambda images: net(images.to(device).expand(-1, 3, -1, -1)), kind        # grey becomes three equal channels
 
 
 def prepare(args, device, data=None):
-    """Judge of samples of a run, against its training set (`data`, if loaded) or --fid-ref; None if none is wanted."""
+    """-> features, name of their distance, statistics of --fid-ref or the training set (`data`, if loaded); or None.
+
+    'FID-50k' is what the literature calls so; anything else has a name that says what differs.
+    """
     if not args.evaluate and (not args.eval_every or args.benchmark):
         return None
-    features, kind = feature_network(args.fid_features, args.inception, common.cache_folder(args), device)
+    features, kind = load_features(args, device)
     if args.fid_ref:
-        return Judge(features, kind, load_statistics(args.fid_ref), args.fid_ref, False)
-    data = data or common.load_data(args)
-    reference = dataset_statistics(data.images, features, kind, data.home)
-    against = f'the {reference[2]:,} training images' + f'; classes {args.labels} only' * bool(args.labels)
-    return Judge(features, kind, reference, against, not args.labels)
+        reference, against = load_statistics(args.fid_ref), args.fid_ref
+    else:
+        data = data or common.load_data(args, device)
+        reference = dataset_statistics(data.images, features, kind, data.home)
+        against = f'the {reference[2]:,} training images'
+    if kind == 'FID' and args.fid_num == 50_000 and not args.fid_ref and not args.labels:
+        return features, 'FID-50k', reference
+    classes = f'; classes {args.labels} only' if args.labels else ''
+    return features, f'{kind} ({args.fid_num:,} images against {against}{classes})', reference
 
 
 def evaluate(judge, args, draw):
-    """Distances of --fid-num pictures from the judge's, for each of --nfe, printed. -> {name: distance}
+    """Distances of --fid-num images from what `prepare` gave, for each of --nfe, printed. -> {name: distance}
 
-    draw(n, nfe, seed=, first=) makes n pictures in [-1, 1]. Each lot of 100 has a seed of its own, whichever process
-    makes it, and its classes go on, from number `first`, where those of the lot before end.
+    draw(n, nfe, seed=, first=) makes n images in [-1, 1]. Each lot has a seed of its own, whichever process makes it,
+    and its classes go on, from number `first`, where those of the lot before end.
     """
+    features, name, reference = judge
     found = {}
     for nfe in args.nfe:
-        lot = lambda j, n: common.to_uint8(draw(n, nfe, seed=common.key(args.seed, j), first=100 * j))
-        sampled = measure(args.fid_num, lot, judge.features, 'samples')
-        name, value = distance_name(judge.kind, sampled[2], judge.against, judge.whole), distance(sampled, judge)
+        images = lambda first, n: common.to_uint8(draw(n, nfe, seed=common.key(args.seed, first // LOT), first=first))
+        value = frechet_distance(*measure(args.fid_num, images, features)[:2], *reference[:2])
         common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
         found[f'{name}, {nfe} step'] = value
     return found
-
-
-def distance(result, judge):
-    """frechet_distance of a `Statistics.result` from the judge's, refusing that of other features."""
-    if len(result[0]) != len(judge.reference[0]):
-        raise UserError(f'{judge.against} has {len(judge.reference[0])} features to a picture, not {len(result[0])}')
-    return frechet_distance(*result[:2], *judge.reference[:2])
 
 
 # 4. Command line
@@ -357,7 +272,7 @@ def read_pictures(path, resolution=None):
     """A folder, a zip, CIFAR-10's folder or archive (training set) or one of its .bin files -> uint8 (N, 3, H, W)."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f'{path}: there is no such file or folder')
+        raise common.UserError(f'{path}: there is no such file or folder')
     if path.suffix == '.bin':
         return common.cifar10_records(path.read_bytes(), path)[0]
     if path.name.endswith('.tar.gz') or any((path / n).exists() for n in ('data_batch_1.bin', 'cifar-10-batches-bin')):
@@ -369,34 +284,27 @@ def main(argv=None):
     """The command; --help tells its flags."""
     parser = common.Parser(prog='fid.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('images', metavar='IMAGES', help='pictures to judge')
-    add('--against', required=True, metavar='IMAGES|STATS.npz', help='pictures, or statistics of them')
+    add('images', metavar='IMAGES', help="folder or zip; CIFAR-10's folder or archive (training set) or a .bin file")
+    add('--against', required=True, metavar='IMAGES|STATS.npz', help='the same, or statistics (mu and sigma)')
     add('--num', type=common.number(int, 2), metavar='N', help='only the first N of IMAGES')
     add('--against-num', type=common.number(int, 2), metavar='N', help='only the first N of --against')
-    add('--save', metavar='STATS.npz', help='write the statistics of IMAGES there, for a later --against')
     add('--fid-features', choices=['inception', 'pixels'], default='inception')
     add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
     add('--data-dir', default='data', metavar='PATH', help='where the Inception weights lie or go')
     add('--resolution', type=common.number(int, 4, 1024), metavar='N', help='crop and resize pictures to this')
-    add('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     add('--debug', action='store_true', help='show tracebacks')
     args = parser.parse_args(argv)
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: this machine has no GPU that torch can use')
     common.keep_freed_memory()
-    one = read_pictures(args.images, args.resolution)[:args.num]
-    other = None if args.against.endswith('.npz') else read_pictures(args.against, args.resolution)[:args.against_num]
-    features, kind = feature_network(args.fid_features, args.inception, args.data_dir, args.device)
-    reference = load_statistics(args.against) if other is None else measure_pictures(other, features, args.against)
-    result = measure_pictures(one, features, args.images)
-    if args.save:
-        try:
-            save_statistics(Path(args.save), *result)
-        except OSError as error:
-            raise UserError(f'--save {args.save}: {error.strerror}')
-    against = f'{reference[2]:,} of {args.against}' if reference[2] else args.against
-    judge = Judge(features, kind, reference, against, False)
-    print(f'{distance_name(kind, result[2], against, False)}: {distance(result, judge):.4f}')
+    images = read_pictures(args.images, args.resolution)[:args.num]
+    features, kind = load_features(args, 'cuda' if torch.cuda.is_available() else 'cpu')
+    if args.against.endswith('.npz'):
+        mu, cov, n = load_statistics(args.against)
+    else:
+        others = read_pictures(args.against, args.resolution)[:args.against_num]
+        mu, cov, n = measure(len(others), lambda first, n: others[first:first + n], features)
+    result = measure(len(images), lambda first, n: images[first:first + n], features)
+    against = f'{n:,} of {args.against}' if n else args.against
+    print(f'{kind} ({len(images):,} images against {against}): {frechet_distance(*result[:2], mu, cov):.4f}')
 
 
 if __name__ == '__main__':

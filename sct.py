@@ -20,29 +20,24 @@ which land just below an edge [--eta, edge-skipping]; and a worse model of the r
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
-    python sct.py --sample runs/sct-shapes --nfe 2                # a grid of images
-    python sct.py --evaluate runs/sct-cifar10 --nfe 1,2           # FID
+    python sct.py --sample runs/sct-shapes --nfe 2                # a grid of images; --evaluate: FID
 
 Where the paper leaves a choice, and where we deviate from it:
  1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
  2. `--ref-size all` takes the whole training set, so its exact score: beyond the paper, and the default of `shapes`.
- 3. With labels (`--cond`) an image's references are those of its own label. The number of `batch` and N is counted
-    before that: with many classes few are left (ImageNet, batch 128: x0 alone for 88 % of the samples); take `all`.
- 4. `--schedule smooth` lets ECT's stage grow continuously, from 0 to their number: our reading of "smoother". It ends
-    one stage beyond ECT's last, at a gap of q^-(stages + 1).
+ 3. With labels (`--cond`) an image's references are those of its label among the batch or N, which may leave it alone
+    (ImageNet, batch 128: 88 % of the samples); `all` has them all.
+ 4. `--schedule smooth` lets ECT's stage grow continuously, to one beyond ECT's last: our reading of "smoother".
  5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
     t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, from Phased Consistency Models.
- 6. `--pretrain-steps` trains the diffusion model that tuning starts from in the same run, with EDM's levels and weight,
-    drawn to the posterior mean as well, and with the mean over pixels for a loss.
+ 6. `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels and weight, drawn to
+    the posterior mean as well, and with the mean over pixels for a loss.
  7. The boundary is m = 0 in training, so that a diffusion model is a valid start, and sigma_min in sampling.
- 8. Sampling adds t z and not sqrt(t² - sigma_min²) z; the levels of more than two steps are spaced by rho 7.
- 9. No augmentation of the data, not even flips.
+ 8. Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. No flips in training.
 """
-import argparse
 import copy
 import functools
-import json
-import math
+import re
 import sys
 from pathlib import Path
 
@@ -50,7 +45,7 @@ import torch
 
 import common
 import fid
-from unet import EDM2_WIDTHS, initial_network, make_network
+from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
@@ -63,26 +58,23 @@ ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False,
-    fid_features='inception', fid_num=50_000)
-EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl'
-EDM2_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'
+    save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
         batch=32, steps=1400, pretrain_steps=600, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
         ref_size='all', save_every=500, sample_every=200, eval_every=1400, fid_features='pixels', fid_num=2000),
     'cifar10': ECT | dict(      # DDPM++
-        resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=EDM_URL,
-        batch=128, steps=400_000, lr=1e-4, save_every=5000, sample_every=5000)}
+        resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
+        checkpoint=URLS['cifar10'], batch=128, steps=400_000, lr=1e-4)}
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], checkpoint=None)  # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)                         # your pictures
 for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT's, on EDM2
     PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
-        attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint=EDM2_URL if size == 'S' else None,
+        attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint={'S': URLS['imagenet64']}.get(size),
         P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
-        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000,
-        save_every=5000, sample_every=5000)
+        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000)
 
 
 # 2. Noise levels
@@ -129,12 +121,11 @@ def f(net, x, t, y=None, m=0.0):
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
-    s = SIGMA_DATA
-    t4 = t[:, None, None, None]
+    s, t4 = SIGMA_DATA, t[:, None, None, None]
     c_skip = s ** 2 / ((t4 - m) ** 2 + s ** 2)
     c_out = s * (t4 - m) / (s ** 2 + t4 ** 2).sqrt()
     c_in = 1 / (s ** 2 + t4 ** 2).sqrt()
-    return c_skip * x + c_out * net(c_in * x, t.log() / 4, y)
+    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # t = 0 where m = 0: f is x
 
 
 # 4. The target: where the step from t to r begins and leads
@@ -146,8 +137,8 @@ def posterior_mean(x_t, t, chunks):
     """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
 
     x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed
-    (B, n) bool, who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. A running
-    maximum and sum (the log-sum-exp of flash attention) make the pieces add up: memory is that of one piece.
+    (B, n) bool, who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. Pieces
+    add up by a running maximum and sum (the log-sum-exp of flash attention): memory is that of one.
     """
     x, t = x_t.flatten(1), t[:, None]                                                       # (B, D), (B, 1)
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
@@ -167,27 +158,23 @@ def posterior_mean(x_t, t, chunks):
 def references(data, ref_size, index, mine, x_all, y_all, choose):
     """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; x0 is among each sample's own.
 
-    index (B,): the global batch within `data`, of which x_all (B, C, H, W) are the images, y_all (B,) the labels or
-    None, and the slice `mine` this process's part. choose(n) gives n random indices.
+    index (B,): the global batch within `data`, of which x_all (B, C, H, W) are the images, y_all (B,) the labels, and
+    the slice `mine` this process's part. choose(n) gives n random indices.
     """
-    same = lambda labels: None if y_all is None else y_all[mine, None] == labels.to(y_all.device, non_blocking=True)
+    device = x_all.device
+    same = lambda labels: y_all[mine, None] == labels.to(device, non_blocking=True)
     if ref_size == 'batch':
         yield x_all, same(y_all)
-    elif ref_size == 'all':
-        size = max(1, CHUNK // x_all[0].numel())
-        if y_all is None:
-            for refs in data.images.split(size):
-                yield refs.to(x_all.device, non_blocking=True), None
-        else:                                                   # only images of a class that is in the batch
-            for part in torch.isin(data.labels, data.labels[index[mine]]).nonzero()[:, 0].split(size):
-                refs = data.images[part.to(data.images.device, non_blocking=True)]
-                yield refs.to(x_all.device, non_blocking=True), same(data.labels[part])
+    elif ref_size == 'all':                                     # of the classes that are in the batch
+        found = torch.isin(data.labels, data.labels[index[mine]]).nonzero()[:, 0]
+        for part in found.split(max(1, CHUNK // x_all[0].numel())):
+            refs = data.images[part.to(data.images.device, non_blocking=True)]
+            yield refs.to(device, non_blocking=True), same(data.labels[part])
     else:
         others = choose(int(ref_size) - 1)                      # shared by the batch
-        refs, ref_labels = data.at(others, x_all.device)
-        allowed = (index[mine, None] != others).to(x_all.device, non_blocking=True)
-        yield refs, allowed if y_all is None else allowed & same(ref_labels)
-        yield x_all[mine], torch.eye(len(allowed), dtype=torch.bool, device=x_all.device)   # each sample's own
+        refs, ref_labels = data.at(others, device)
+        yield refs, same(ref_labels) & (index[mine, None] != others).to(device, non_blocking=True)
+        yield x_all[mine], torch.eye(len(x_all[mine]), dtype=torch.bool, device=device)     # each sample's own
 
 
 def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, choose):
@@ -214,8 +201,7 @@ def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weightin
     student = at_level(f(net, x_t, t, y), x_t, t4, s4)
     with torch.no_grad():                                                       # stopgrad
         torch.manual_seed(mask)
-        r_or_t = torch.where(r4 > s4, r4, t4)                                 # at r = s the value is not used
-        goal = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r_or_t.flatten(), y), x_r, r_or_t, s4), x_r)
+        goal = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
     norm = torch.linalg.vector_norm((student - goal).flatten(1), dim=1)             # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
     return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
@@ -227,12 +213,9 @@ def at_level(x0_hat, x_t, t, s):
 
 
 def denoising_loss(net, x_t, t, x0_hat, y=None, mask=0):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), drawn to SCT's posterior mean. -> (B,)
-
-    EDM sums over the pixels; the mean keeps the first steps of RAdam small, which do not divide by the gradient's size.
-    """
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), drawn to SCT's posterior mean. -> (B,)"""
     torch.manual_seed(mask)
-    return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)
+    return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)     # EDM: the sum
 
 
 def edm_weight(t):
@@ -252,9 +235,8 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
     model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
     `guide`: a worse model, evaluated as often, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
     """
-    config, device, images = model.config, next(model.parameters()).device, []
-    net, bad = (common.network(m, config['precision'], device) for m in (model, guide or model))
-    y = common.choose_labels(n, labels, config['label_dim'], first)
+    config, images = model.config, []
+    net, bad = (common.network(m, config['precision']) for m in (model, guide or model))
     edges = phase_edges(config['phases'], config['edges'])
     levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
     if len(edges) > 2:
@@ -263,19 +245,16 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
         levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
     elif nfe == 2:
         levels[1] = config['t_mid']
-    shape = (n, config['in_channels'], config['resolution'], config['resolution'])
-    noise = [common.randn(shape, seed, i, 'sample') for i in range(nfe if len(edges) == 2 else 1)]
-    for part in common.progress(torch.arange(n).split(250), 'samples, 250 at a time'):
-        y_part = None if y is None else y[part].to(device)
-        x = SIGMA_MAX * noise[0][part].to(device)
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):
+        x = SIGMA_MAX * noise[0]
         for i, level in enumerate(levels):
-            t = torch.full((len(part),), level, device=device)
-            x0_hat = f(net, x, t, y_part, SIGMA_MIN)
+            t = torch.full_like(x[:, 0, 0, 0], level)
+            x0_hat = f(net, x, t, y, SIGMA_MIN)
             if guide is not None:
-                x0_hat = torch.lerp(f(bad, x, t, y_part, SIGMA_MIN), x0_hat, guidance)
+                x0_hat = torch.lerp(f(bad, x, t, y, SIGMA_MIN), x0_hat, guidance)
             if i + 1 < len(levels):
-                fresh = lambda: x0_hat + levels[i + 1] * noise[i + 1][part].to(device)
-                x = at_level(x0_hat, x, level, levels[i + 1]) if len(edges) > 2 else fresh()
+                s = levels[i + 1]
+                x = at_level(x0_hat, x, level, s) if len(edges) > 2 else x0_hat + s * noise[i + 1]
         images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
 
@@ -290,46 +269,30 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
-    data = common.load_data(args).to(device)
-    common.fit_to_data(args, data)                                      # sets resolution, in_channels, label_dim
+    data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
     judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
 
-    net = initial_network(args, tunes=True)
-    net = net.to(device, memory_format=torch.channels_last)                     # channels last: convolutions run faster
-    net.config = common.config_of(args)
+    net = initial_network(args, device, tunes=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    make_optimizer = lambda: getattr(torch.optim, args.optimizer)(              # foreach: few calls for all parameters
-        net.parameters(), lr=args.lr, betas=tuple(args.betas), foreach=True)
-    optimizer = make_optimizer()
+    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # few calls
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
-    if args.compile:
-        common.compile_in_place(net)
-    wrapped, clock = common.distributed(net), common.Clock(args, device)
-    watch = lambda module, part: clock.watch(common.network(module, args.precision, device), part)
-    student, teacher = watch(wrapped, 'student'), watch(net, 'teacher')
-    mine = common.my_part(args.batch)
+    wrapped, clock, log = common.distributed(net, args), common.Clock(args, device), common.Log(args, start, device)
+    student, teacher = clock.watch(wrapped, 'student'), clock.watch(net, 'teacher')
+    draw = functools.partial(sample, ema, labels=args.labels)
+    evaluate, mine = functools.partial(fid.evaluate, judge, args, draw), common.my_part(args.batch)
     edges = torch.tensor(phase_edges(args.phases, args.edges), device=device)
     kept = [round(share * args.steps) for share in args.keep_ema or []]
-    log, draw = common.Log(args, start, device), functools.partial(sample, ema, labels=args.labels)
 
-    if args.benchmark:
-        start = args.pretrain_steps                                             # tuning, not its start, is timed
-    batches = common.batches(data, args, start, device)
-    for step in range(start, start + args.benchmark + 3 if args.benchmark else args.steps):
+    for step, index, x_all, y_all in clock.steps(common.batches(data, args, start, device), net):
         if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
             net.load_state_dict(ema.state_dict())
-            optimizer = make_optimizer()
-
-        clock('log')
-        if clock.next_step(net.parameters()):
-            return
+            optimizer.state.clear()
 
         # Draws. Made for the global batch, so that any number of processes trains on the same ones.
-        index, x_all, y_all = next(batches)
         named = common.generator(args.seed, step, 'references')
         choose = lambda n: torch.randint(len(data.images), (n,), generator=named)
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)[mine]
-        x0, y = x_all[mine], None if y_all is None else y_all[mine]
+        x0, y = x_all[mine], y_all[mine]
         pretraining = step < args.pretrain_steps
         levels = (-1.2, 1.2) if pretraining else (args.P_mean, args.P_std)      # EDM Table 1 for the diffusion model
         t = upper_level(normal('level'), *levels)
@@ -347,13 +310,11 @@ def train(args):
 
         # Loss and gradient.
         total = torch.zeros((), device=device)
-        for i, part in enumerate(common.microbatches(wrapped, len(x0), args.microbatch)):
-            mask = common.key(args.seed, step, 'dropout', common.rank(), i)
-            y_part = None if y is None else y[part]
+        for part, mask in common.microbatches(wrapped, args, step):
             if pretraining:
-                value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y_part, mask)
+                value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y[part], mask)
             else:
-                value = loss(student, x_t[part], t[part], x0_hat[part], eps_hat[part], r[part], y_part, teacher, mask,
+                value = loss(student, x_t[part], t[part], x0_hat[part], eps_hat[part], r[part], y[part], teacher, mask,
                              args.weighting, args.c, s[part])
             clock('loss')
             (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
@@ -364,38 +325,23 @@ def train(args):
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         clock('optimiser')
         common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
-        if step + 1 in kept and not args.benchmark:                             # a worse self, for --guide
+        if step + 1 in kept:                                                    # a worse self, for --guide
             common.save_final(args, ema, f'ema-{step + 1}')
-        if log.due(step + 1, args.eval_every) and log.evaluated(step + 1, fid.evaluate(judge, args, draw)):
-            common.save_final(args, ema, 'best')
-        if log.due(step + 1, args.sample_every) and common.rank() == 0:
-            common.save_progress(args, step + 1, sample(ema, 64, args.phases, seed=args.seed), log)
-        if log.due(step + 1, args.save_every) or log.stop:
-            common.save_checkpoint(args, step + 1, net=net, ema=ema, optimizer=optimizer)
-        if log.stop:
+        if common.keep(args, step + 1, log, evaluate, draw, net=net, ema=ema, optimizer=optimizer):
             return
     common.save_final(args, ema)
 
 
 # 8. Command line
 
-def ref_size(text):
-    """Type of --ref-size."""
-    if text not in ('batch', 'all') and not (text.isdecimal() and 0 < int(text) <= 10 ** 6):
-        raise argparse.ArgumentTypeError(f'{text} is not a number up to a million, `batch` or `all`')
-    return text
-
-
-def add_flags(parser):
+def add_flags(add, number):
     """The flags that are SCT's own."""
-    number = common.number
-    add = parser.add_argument_group('method', 'python sct.py --ref-size all --phases 2 --eta 0.9').add_argument
-    add('--ref-size', type=ref_size, metavar='1|batch|N|all',
+    add('--ref-size', metavar='1|batch|N|all',
         help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N drawn, `all` data')
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
     add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
@@ -411,20 +357,18 @@ def add_flags(parser):
 
 def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate uses what was trained."""
-    args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv)
+    args = common.parse_args('sct', __doc__, PRESETS, add_flags, '--ref-size all --phases 2 --eta 0.9', argv)
+    if not re.fullmatch('batch|all|[1-9][0-9]{0,5}', args.ref_size):
+        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number below a million')
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
     if args.guide and not args.use:
         raise common.UserError('--guide is for --sample and --evaluate')
     if (args.guide is None) != (args.guidance is None):
         raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
-    if (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     args.nfe = args.nfe or [args.phases]
     if args.phases > 1 and args.nfe != [args.phases]:
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
-    if args.dry_run:
-        return common.say(json.dumps(common.config_of(args), indent=2))
     if not args.use:
         return train(args)
     device = common.start(args)

@@ -14,15 +14,12 @@ To copy into your own project: the networks (sections 1 and 2) need nothing but 
 """
 import io
 import math
-import pickle
 import pickletools
 import struct
 import zipfile
 import zlib
 from collections import namedtuple
-from functools import cached_property, partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -55,7 +52,7 @@ class Conv2d(nn.Module):
                  fused=False,       # down only: convolve first and filter after, in one padding (NCSN++ input pyramid)
                  init_scale=1.0):   # multiplies the initial weights; 1e-5 makes the layer start near zero
         super().__init__()
-        self.up, self.down, self.fused = up, down, fused
+        self.up, self.down, self.fused, self.filter_pad = up, down, fused, (len(resample_filter) - 1) // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         nn.init.xavier_uniform_(self.weight, gain=init_scale)    # its fans count the kernel's taps
@@ -72,12 +69,11 @@ class Conv2d(nn.Module):
 
     def forward(self, x):
         weight, bias, pad = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[-1] // 2
-        if not (self.up or self.down):
-            return F.conv2d(x, weight, bias, padding=pad)
-        filter_pad = (self.resample_filter.shape[-1] - 1) // 2
         if self.fused:
-            return self.resample(F.conv2d(x, weight, padding=pad + filter_pad), 0) + bias[:, None, None]
-        return F.conv2d(self.resample(x, filter_pad), weight, bias, padding=pad)
+            return self.resample(F.conv2d(x, weight, padding=pad + self.filter_pad), 0) + bias[:, None, None]
+        if self.up or self.down:
+            x = self.resample(x, self.filter_pad)
+        return F.conv2d(x, weight, bias, padding=pad)
 
 
 def group_norm(channels):
@@ -100,8 +96,7 @@ class UNetBlock(nn.Module):
     x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, dropout=0.0,
-                 resample_filter=(1, 1)):
+    def __init__(self, emb_channels, resample_filter, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
         self.dropout = dropout
         resampling = dict(up=up, down=down, resample_filter=resample_filter)
@@ -134,10 +129,7 @@ class UNetBlock(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, channels) = [sin, cos] of t at channels / 2 frequencies.
-
-    They are a Transformer's 10000^(-i / (channels/2 - 1)), or, if `fourier`, 2 pi times random numbers fixed at birth.
-    """
+    """t (B,) -> (B, channels): sin and cos at a Transformer's frequencies or, if `fourier`, at random ones."""
 
     def __init__(self, channels, fourier):
         super().__init__()
@@ -145,43 +137,43 @@ class TimeEmbedding(nn.Module):
         self.register_buffer('freqs', 16 * torch.randn(self.half) if fourier else None)
 
     def forward(self, t):
-        if self.freqs is None:
-            i = torch.arange(self.half, dtype=torch.float32, device=t.device)
-            freqs = (1 / 10000) ** (i / (self.half - 1))
-        else:
-            freqs = 2 * math.pi * self.freqs
+        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        freqs = (1 / 10000) ** (i / (self.half - 1)) if self.freqs is None else 2 * math.pi * self.freqs
         arg = t.float()[:, None] * freqs
         return torch.cat([arg.sin(), arg.cos()], dim=1)
 
 
-def per_level(value, levels, name):
-    """One number for all resolutions, or a list with one number for each, finest first."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * levels
-    if len(values) != levels:
-        raise ValueError(f'{name} has {len(values)} entries for {levels} resolutions')
-    return values
+def u_shape(img_resolution, channels, widths, num_blocks, attn_resolutions, dropout, last_attends):
+    """The blocks of a U-Net in order: (`enc` or `dec`, resolution, name, arguments that both kinds of block take).
 
-
-def u_shape(img_resolution, widths, channels, num_blocks):
-    """The blocks of a U-Net in order: (part `enc` or `dec`, level, name, kind, in_channels, out_channels).
-
-    `channels` is what the first convolution gives; blocks of the decoder take the encoder's outputs in reverse order.
+    The first block has `channels` in; those of the decoder also take the encoder's outputs, in reverse order. Attention
+    is at the bottom and at attn_resolutions; there, if `last_attends`, only the last block of the decoder has it.
     """
-    if img_resolution % 2 ** (len(widths) - 1):
-        raise ValueError(f'img_resolution {img_resolution} cannot be halved {len(widths) - 1} times')
-    skips, sizes = [channels], [f'{img_resolution >> level}x{img_resolution >> level}_' for level in range(len(widths))]
+    levels, skips, plan = len(widths), [channels], []
+    if img_resolution % 2 ** (levels - 1):
+        raise ValueError(f'img_resolution {img_resolution} cannot be halved {levels - 1} times')
+    num_blocks, dropout = [value if isinstance(value, (list, tuple)) else [value] * levels
+                           for value in (num_blocks, dropout)]
+    if not len(num_blocks) == len(dropout) == levels:
+        raise ValueError(f'num_blocks {num_blocks} and dropout {dropout} must be one number, or one each of {levels}')
     for level, width in enumerate(widths):
         for kind in ['down'] * (level > 0) + [f'block{i}' for i in range(num_blocks[level])]:
-            out = channels if kind == 'down' else width
-            yield 'enc', level, sizes[level] + kind, kind, channels, out
-            channels = out
+            plan.append(('enc', level, kind, channels, channels if kind == 'down' else width))
+            channels = plan[-1][-1]
             skips.append(channels)
     for level, width in reversed(list(enumerate(widths))):
-        for kind in ['in0', 'in1'] if level == len(widths) - 1 else ['up']:
-            yield 'dec', level, sizes[level] + kind, kind, channels, channels
+        for kind in ['up'] if level < levels - 1 else ['in0', 'in1']:
+            plan.append(('dec', level, kind, channels, channels))
         for i in range(num_blocks[level] + 1):
-            yield 'dec', level, f'{sizes[level]}block{i}', f'block{i}', channels + skips.pop(), width
+            plan.append(('dec', level, f'block{i}', channels + skips.pop(), width))
             channels = width
+
+    for part, level, kind, in_channels, out_channels in plan:
+        res = img_resolution >> level
+        attends = part == 'enc' or not last_attends or kind == f'block{num_blocks[level]}'
+        yield part, res, f'{res}x{res}_{kind}', dict(
+            in_channels=in_channels, out_channels=out_channels, up=kind == 'up', down=kind == 'down',
+            attention=kind == 'in0' or 'block' in kind and res in attn_resolutions and attends, dropout=dropout[level])
 
 
 class SongUNet(nn.Module):
@@ -208,13 +200,11 @@ class SongUNet(nn.Module):
                  decoder_type='standard',       # the only one that the papers' checkpoints use
                  resample_filter=(1, 1)):       # (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
         super().__init__()
-        for name, value, known in [('embedding_type', embedding_type, ('positional', 'fourier')),
-                                   ('encoder_type', encoder_type, ('standard', 'residual')),
-                                   ('decoder_type', decoder_type, ('standard',))]:
-            if value not in known:
-                raise ValueError(f'{name} is {value!r}, not one of {", ".join(known)}')
-        levels = len(channel_mult)
-        num_blocks, dropout = per_level(num_blocks, levels, 'num_blocks'), per_level(dropout, levels, 'dropout')
+        for name, value, known in [('embedding_type', embedding_type, 'positional fourier'),
+                                   ('encoder_type', encoder_type, 'standard residual'),
+                                   ('decoder_type', decoder_type, 'standard')]:
+            if value not in known.split():
+                raise ValueError(f'{name} is {value!r}, not {known.replace(" ", " or ")}')
         widths = [model_channels * mult for mult in channel_mult]
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
 
@@ -228,17 +218,13 @@ class SongUNet(nn.Module):
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         self.enc[f'{img_resolution}x{img_resolution}_conv'] = Conv2d(in_channels, model_channels, 3)
         aux_channels = in_channels
-        for part, level, name, kind, cin, cout in u_shape(img_resolution, widths, model_channels, num_blocks):
-            # The decoder has attention in the last block of a level only, and always at the bottom of the U.
-            attention = (img_resolution >> level in attn_resolutions and 'block' in kind
-                         and (part == 'enc' or kind == f'block{num_blocks[level]}'))
-            getattr(self, part)[name] = UNetBlock(
-                cin, cout, emb_channels, up=kind == 'up', down=kind == 'down', attention=attention or kind == 'in0',
-                dropout=dropout[level], resample_filter=resample_filter)
-            if kind == 'down' and encoder_type == 'residual':
+        for part, _, name, options in u_shape(img_resolution, model_channels, widths, num_blocks, attn_resolutions,
+                                              dropout, last_attends=True):
+            getattr(self, part)[name] = UNetBlock(emb_channels, resample_filter, **options)
+            if options['down'] and encoder_type == 'residual':
                 self.enc[name.replace('down', 'aux_residual')] = Conv2d(
-                    aux_channels, cout, 3, down=True, resample_filter=resample_filter, fused=True)
-                aux_channels = cout
+                    aux_channels, options['out_channels'], 3, down=True, resample_filter=resample_filter, fused=True)
+                aux_channels = options['out_channels']
         self.dec[f'{img_resolution}x{img_resolution}_aux_norm'] = group_norm(widths[0])
         self.dec[f'{img_resolution}x{img_resolution}_aux_conv'] = Conv2d(widths[0], out_channels, 3, init_scale=1e-5)
 
@@ -301,15 +287,15 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel, kernel][:2 * bool(kernel)]))
 
     def forward(self, x, gain=1.0):
-        if self.weight.ndim == 2 and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):  # as in `Linear`: the time embedding
-                return self.forward(x.float(), gain)
         dims = tuple(range(1, self.weight.ndim))
         if self.training and torch.is_grad_enabled():       # Eq. 66: stored weights never grow; teachers leave them be
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight, dims))
-        weight = (normalize(self.weight.float(), dims) * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
-        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        weight = normalize(self.weight.float(), dims) * (gain / math.sqrt(self.weight[0].numel()))
+        if weight.ndim == 4:
+            return F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2)
+        with torch.autocast(x.device.type, enabled=False):  # as in `Linear`: the time embedding
+            return F.linear(x.float(), weight)
 
 
 class MPFourier(nn.Module):
@@ -330,15 +316,19 @@ class MPBlock(nn.Module):
     x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, encoder, up=False, down=False, heads=0, dropout=0.0):
+    def __init__(self, emb_channels, channels_per_head, encoder,
+                 in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
-        self.encoder, self.up, self.down, self.heads, self.dropout = encoder, up, down, heads, dropout
+        if attention and out_channels % channels_per_head:
+            raise ValueError(f'channels_per_head {channels_per_head} does not divide {out_channels} channels')
+        self.encoder, self.up, self.down, self.dropout = encoder, up, down, dropout
+        self.heads = out_channels // channels_per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        if heads:
+        if attention:
             self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1)
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
@@ -363,20 +353,15 @@ class MPBlock(nn.Module):
 class EDM2UNet(nn.Module):
     """The magnitude-preserving U-Net of EDM2 (App. B).
 
-    forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W), with arguments as SongUNet's.
+    forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W). What has the name of an argument of SongUNet
+    has its meaning; attention is in all blocks of a resolution that has it.
     """
 
-    def __init__(self,
-                 img_resolution,                # height and width of the images
-                 in_channels, out_channels,     # colour channels in and out
-                 label_dim=0,                   # number of classes, 0 = unconditional
-                 model_channels=192,            # width at channel_mult 1: EDM2_WIDTHS
-                 channel_mult=(1, 2, 3, 4),     # width of each resolution, finest first, in model_channels
-                 num_blocks=3,                  # residual blocks per resolution: one number, or one each
-                 attn_resolutions=(16, 8),      # resolutions with self-attention (the bottom of the U has one always)
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0,
+                 model_channels=192,            # EDM2_WIDTHS
+                 channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8),
                  channels_per_head=64,          # width of an attention head
-                 dropout=0.0,                   # dropout within the blocks: one number, or one each resolution,
-                 dropout_res=None):             # of this and coarser resolutions; None = of all
+                 dropout=0.0, dropout_res=None):        # dropout is in resolutions up to dropout_res; None = in all
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
@@ -388,17 +373,11 @@ class EDM2UNet(nn.Module):
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         self.enc[f'{img_resolution}x{img_resolution}_conv'] = MPConv(in_channels + 1, model_channels, 3)
-        num_blocks = per_level(num_blocks, len(widths), 'num_blocks')
-        dropout = per_level(dropout, len(widths), 'dropout')
-        for part, level, name, kind, cin, cout in u_shape(img_resolution, widths, model_channels, num_blocks):
-            res = img_resolution >> level
-            attention = kind == 'in0' or res in attn_resolutions and 'block' in kind
-            if attention and cout % channels_per_head:
-                raise ValueError(f'channels_per_head {channels_per_head} does not divide the {cout} channels of {name}')
-            getattr(self, part)[name] = MPBlock(
-                cin, cout, max(widths), part == 'enc', up=kind == 'up', down=kind == 'down',
-                heads=cout // channels_per_head if attention else 0,
-                dropout=dropout[level] if dropout_res is None or res <= dropout_res else 0.0)
+        for part, res, name, options in u_shape(img_resolution, model_channels, widths, num_blocks, attn_resolutions,
+                                                dropout, last_attends=False):
+            if dropout_res is not None and res > dropout_res:
+                options['dropout'] = 0.0
+            getattr(self, part)[name] = MPBlock(max(widths), channels_per_head, encoder=part == 'enc', **options)
         self.out_conv = MPConv(widths[0], out_channels, 3)
 
     def forward(self, x, noise_labels, class_labels=None):
@@ -431,53 +410,55 @@ def make_network(args, **changes):
         raise common.UserError(f'--arch {args.arch}: {error}')
 
 
-def initial_network(args, tunes=False):
+def initial_network(args, device, tunes=False):
     """The network that training starts with: random weights of --seed, or those of --init; tunes: those are wanted."""
     import common
     torch.manual_seed(args.seed)
     net = make_network(args)
+    net.config = common.config_of(args)
     if tunes and args.init == 'none' and not args.pretrain_steps and not args.resume:
         common.say('tuning starts from random weights; --init CKPT or --pretrain-steps N for a diffusion model')
     if args.init != 'none' and not args.resume:
-        path = Path(args.init)
-        if path.is_dir():                                       # a run's folder
-            path = path / ('final.pt' if (path / 'final.pt').exists() else 'checkpoint.pt')
+        run = Path(args.init)                                   # perhaps a run's folder
+        path = next((path for path in (run / 'final.pt', run / 'checkpoint.pt') if path.exists()), args.init)
         with common.one_first():
-            state = load_pretrained(str(path) if path.exists() else args.init, common.cache_folder(args))[0]
+            state = load_pretrained(path, common.cache_folder(args))[0]
         load_weights(net, {name: value for name, value in state.items() if not name.startswith('encoder.')}, args.init)
-    return net
+    return net.to(device, memory_format=torch.channels_last)                    # channels last: convolutions run faster
 
 
 # 3. Published checkpoints
 
+NVIDIA = 'https://nvlabs-fi-cdn.nvidia.com'
+URLS = {    # the diffusion models that the papers tune
+    'cifar10': f'{NVIDIA}/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl',
+    'ffhq64': f'{NVIDIA}/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl',
+    'imagenet64': f'{NVIDIA}/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'}
+
+
 def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tuple[dict[str, torch.Tensor], dict]:
     """Weights of a published network. -> (state_dict: dict name -> float32 tensor, about: dict of plain values)
 
-    Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project, and state dicts of torch.save.
-    Runs nothing in them; gives the moving average (`ema`) where there is one. http(s):// and file:// addresses go
-    through the folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says of itself: its
-    `format`, arguments of the network, sigma_data. Raises common.UserError for what cannot be had, read or trusted.
+    Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project (of which it gives the moving
+    average) and state dicts of torch.save, and runs nothing in them. http(s):// and file:// addresses go through the
+    folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says of itself: its `format`,
+    arguments of the network, sigma_data. Raises common.UserError for what cannot be had, read or trusted.
     """
     import common
     path = Path(path_or_url)
     if str(path_or_url).startswith(('https://', 'http://', 'file://')):
         url, _, digest = str(path_or_url).partition('#sha256=')
         # The address is part of the name: many runs have a file network-snapshot-latest.pkl.
-        path = Path(cache) / f'{zlib.crc32(url.encode()):08x}-{Path(urlsplit(url).path).name or "checkpoint"}'
+        path = Path(cache) / f'{zlib.crc32(url.encode()):08x}-{Path(url.partition("?")[0]).name}'
         try:
             common.download(url, path, 'sha256', digest.lower() or None)
         except common.UserError as error:
-            raise common.UserError(f'{error}; --init PATH takes a file that you have, '
-                                   f'--pretrain-steps N trains the start first')
+            raise common.UserError(f'{error}; --init PATH takes a file that you have, --pretrain-steps N needs none')
     try:
         return read_checkpoint(path.read_bytes())
-    except OSError as error:
-        raise common.UserError(f'{path} cannot be read: {error.strerror or error}')
-    except EOFError:
-        raise common.UserError(f'{path} cannot be read as a checkpoint: it is cut short')
     except Exception as error:          # whatever Python says about a file that is damaged or not a checkpoint
-        text = str(error).split('\n')[0][:200] or type(error).__name__
-        raise common.UserError(f'{path} cannot be read as a checkpoint: {text}')
+        reason = getattr(error, 'strerror', None) or str(error).split('\n')[0][:200] or type(error).__name__
+        raise common.UserError(f'{path} cannot be read as a checkpoint: {reason}')
 
 
 def load_weights(net, state_dict, source):
@@ -486,32 +467,30 @@ def load_weights(net, state_dict, source):
     What only training needs may be left over: map_augment.weight (EDM's augmentation) and logvar_* (EDM2's loss).
     """
     import common
-    wanted = net.state_dict()
-    given = {name: p for name, p in state_dict.items()
-             if name in wanted or not (name == 'map_augment.weight' or name.startswith('logvar_'))}
-    shape = lambda tensors, name: str(list(tensors[name].shape)) if name in tensors else 'missing'
-    wrong = [name for name in [*wanted, *(given.keys() - wanted)] if shape(wanted, name) != shape(given, name)]
+    wanted = {name: list(p.shape) for name, p in net.state_dict().items()}
+    given = {name: list(p.shape) for name, p in state_dict.items()
+             if name in wanted or not name.startswith(('map_augment.weight', 'logvar_'))}
+    wrong = [f'{name} is {given.get(name, "missing")} there, {wanted.get(name, "missing")} here'
+             for name in wanted | given if given.get(name) != wanted.get(name)]
     if wrong:
-        listed = '; '.join(f'{name} is {shape(given, name)} there, {shape(wanted, name)} here' for name in wrong[:3])
         more = f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-        raise common.UserError(f'{source} does not fit this network: {listed}{more}')
-    with torch.no_grad():
-        for name, p in wanted.items():
-            p.copy_(given[name])
+        raise common.UserError(f'{source} does not fit this network: {"; ".join(wrong[:3])}{more}')
+    net.load_state_dict(state_dict, strict=False)
 
 
 def read_checkpoint(data):
     """The bytes of a checkpoint -> (state_dict, about), as `load_pretrained` gives them."""
     top = read_file(data, left=4 * len(data))
-    ema = top['ema'] if type(top) is StoredDict and 'ema' in top else top
-    if type(ema) is StoredModule:
-        stored, kind = dict(named_tensors(ema, '', set())), 'module'
-        about = plain({'class_name': ema.class_name}) | plain(ema.state.get('_init_kwargs', {})) | plain(ema.state)
-    elif type(ema) is StoredDict and ema:
-        stored, kind = ema, 'state_dict' if ema is top else 'checkpoint'
-        about = {} if ema is top else plain(top) | plain(top.get('config', {}))
-    else:
-        raise ValueError('it holds neither a network nor a state dict')
+    ema = top.get('ema', top) if type(top) is dict else None
+    match ema:
+        case {'class_name': name, 'state': dict(state)}:
+            form, stored = 'module', dict(named_tensors(ema))
+            about = {'class_name': name} | state.get('_init_kwargs', {}) | state
+        case dict() if ema:
+            form, stored = 'state_dict' if ema is top else 'checkpoint', ema
+            about = {} if ema is top else top | top.get('config', {})
+        case _:
+            raise ValueError('it holds neither a network nor a state dict')
 
     views = {str(name): view(value) for name, value in stored.items()}
     if sum(value.numel() for value in views.values()) > 4 * len(data):      # many views may show the same numbers
@@ -520,170 +499,145 @@ def read_checkpoint(data):
                for name, value in views.items()}
     for prefix, wrapper in ('model.', 'edm'), ('unet.', 'edm2'):            # the network is part of its preconditioner
         if any(name.startswith(prefix) for name in tensors):
-            tensors, kind = {name.removeprefix(prefix): p for name, p in tensors.items()}, wrapper
-    return tensors, about | {'format': kind}
+            tensors, form = {name.removeprefix(prefix): p for name, p in tensors.items()}, wrapper
+    plain = lambda value: type(value) in (str, int, float, bool, type(None))
+    about = {name: value for name, value in about.items() if not str(name).startswith('_') and name != 'training'
+             and (plain(value) or type(value) in (list, tuple) and all(map(plain, value)))}
+    return tensors, about | {'format': form}
 
 
-def plain(values):
-    """The entries of a dict that are text, numbers, or lists of these, without torch's own."""
-    simple = lambda value: value is None or type(value) in (str, int, float, bool)
-    return {name: value for name, value in values.items() if not str(name).startswith('_') and name != 'training'
-            and (simple(value) or type(value) in (list, tuple) and all(map(simple, value)))}
-
-
-def named_tensors(module, prefix, seen):
-    """The tensors of a StoredModule and of its parts, under the names that torch's own state_dict gives them."""
-    if id(module) in seen:
+def named_tensors(module, prefix=''):
+    """The tensors of a module and of its parts (KNOWN says what a module is), named as torch's own state_dict does."""
+    state = module.pop('state', None)
+    if state is None:                                           # each reference to a part would double what is in it
         raise ValueError(f'{prefix} is part of the network twice')
-    seen.add(id(module))
     for group in '_parameters', '_buffers', '_modules':
-        for key, value in module.state.get(group, {}).items():
+        for key, value in state.get(group, {}).items():
             name = prefix + key
             if len(name) > 1000:                                # a long name for each of many nested parts adds up
                 raise ValueError('a name in it is too long')
-            if type(value) is StoredModule:
-                yield from named_tensors(value, f'{name}.', seen)
-            elif value is not None and key not in module.state.get('_non_persistent_buffers_set', ()):
+            if type(value) is dict:
+                yield from named_tensors(value, f'{name}.')
+            elif value is not None:
                 yield name, value
 
 
 def view(stored):
-    """StoredTensor -> torch.Tensor that shows it. It may not reach beyond its storage, nor repeat it."""
-    if type(stored) is not StoredTensor or type(stored.storage) is not StoredNumbers:
-        raise ValueError('there is something among its weights that is no tensor')
-    storage, offset, size, stride = stored
-    if not (type(size) is type(stride) is tuple and len(size) == len(stride) <= 16
-            and all(type(n) is int and 0 <= n <= storage.numel for n in (offset, *size, *stride))):
-        raise ValueError('a tensor in it has an impossible shape')
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if math.prod(size) > storage.numel or math.prod(size) and last >= storage.numel:
-        raise ValueError('a tensor in it reaches beyond its storage')
-    return storage.flat.as_strided(size, stride, offset)
+    """StoredTensor -> torch.Tensor that shows it: within its storage (as_strided sees to that), and no number twice."""
+    match stored:
+        case StoredTensor(Storage(dtype, numel, data), offset, size, stride) if len(size) <= 16:
+            if len(data) != numel * dtype.itemsize:
+                raise ValueError('it is cut short: numbers of a tensor are missing')
+            shown = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0)).as_strided(size, stride, offset)
+            if max((shown.numel(), *shown.shape)) <= numel:
+                return shown
+    raise ValueError('something among its weights is no tensor, or not one of its numbers')
 
 
 # 4. Reading files without running them
 #
-# A pickle is a program for a small stack machine, and two of its instructions call whatever the file names. `Unpickler`
-# is Python's own machine, left with the instructions that checkpoints need and with functions of this file in place of
-# the few names that they need. Every other name, and whatever does not add up, is an error. Nothing is imported or
-# called by the file's will, and what it can make this program allocate is a small multiple of its own size.
+# A pickle is a program for a small stack machine, and two of its instructions call whatever the file names. `unpickle`
+# is such a machine with the instructions that checkpoints need, and with harmless functions in place of the names that
+# they need, KNOWN. All else is an error. Nothing is imported or called by the file's will, and what it can make this
+# program allocate is a small multiple of its own size.
 
+Storage = namedtuple('Storage', 'dtype numel data')                         # data: bytearray, filled after the pickle
+StoredTensor = namedtuple('StoredTensor', 'storage offset size stride')     # a part of a Storage
 STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
     Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
     Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
 NUMBERS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
-INSTRUCTIONS = '''
-    PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID
-    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8
-    BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS SETITEM SETITEMS
-    '''.split()
-
-StoredModule = namedtuple('StoredModule', 'class_name state')               # a network or part of one, its __dict__
-StoredTensor = namedtuple('StoredTensor', 'storage offset size stride')     # a part of StoredNumbers
-
-
-class StoredNumbers:
-    """A storage. `read()` gives its bytes, and is called when a tensor in it is wanted: an optimizer's never are."""
-
-    def __init__(self, dtype, numel):
-        self.dtype, self.numel, self.read = dtype, numel, bytes
-
-    @cached_property
-    def flat(self):
-        """Tensor (numel,)."""
-        data, self.read = self.read(), None
-        if len(data) != self.numel * self.dtype.itemsize:
-            raise ValueError('it is cut short: numbers of a tensor are missing')
-        return torch.frombuffer(bytearray(data), dtype=self.dtype) if data else torch.empty(0)
-
-
-class StoredDict(dict):
-    """A dict whose keys are text or whole numbers: tuples of tuples could take forever to hash."""
-
-    def __setitem__(self, key, value):
-        if type(key) not in (str, int):
-            raise ValueError('a dict in it has keys that are neither text nor numbers')
-        super().__setitem__(key, value)
-
-
-class Instructions(dict):
-    """Code of a pickle instruction -> the method that follows it."""
-
-    def __missing__(self, code):
-        name = getattr(pickletools.code2op.get(chr(code)), 'name', code)
-        raise ValueError(f'it uses the pickle instruction {name}, which no checkpoint needs')
-
-
-class Unpickler(pickle._Unpickler):     # pickle.Unpickler is in C, where one damaged memo index allocates gigabytes
-    """Reads one pickle, protocols 2 to 5. The storages that it refers to are collected in the dict `storages`."""
-
-    def __init__(self, file, storages, left):
-        super().__init__(file)
-        self.storages, self.left = storages, left       # left: how many bytes the calls in it may still take
-
-    def find_class(self, module, name):
-        name = f'{module}.{name}'.replace('__builtin__', 'builtins').replace('numpy._core', 'numpy.core')
-        if name not in KNOWN:
-            raise ValueError(f'it asks for {name[:100]}, which has no place in a checkpoint; nothing of it was run')
-        return KNOWN[name]
-
-    def persistent_load(self, pid):
-        match pid:
-            case 'storage', torch.dtype() as dtype, str(key), _, int(numel), *rest if not any(rest):
-                storage = self.storages.setdefault(key, StoredNumbers(dtype, numel))
-                if (storage.dtype, storage.numel) == (dtype, numel):
-                    return storage
-            case 'module', known, *_:                   # a class, in torch.save's old format
-                return known
-        raise ValueError('it refers to numbers in a way that no checkpoint does')
-
-    def load_reduce(self):
-        args, function = self.stack.pop(), self.stack.pop()
-        if not callable(function) or type(args) is not tuple:           # only what KNOWN has can be called
-            raise ValueError('it calls something that is not a name')
-        self.left -= sum(len(arg) for arg in args if type(arg) in (str, bytes))
-        if self.left < 0:
-            raise ValueError('it unpacks to far more than its size')
-        self.append(function(*args))
-
-    def load_build(self):
-        state = self.stack.pop()
-        if type(self.stack[-1]) is StoredModule and type(state) is StoredDict:      # nothing else has attributes here
-            self.stack[-1].state.update(state)
-
-    dispatch = Instructions({code: pickle._Unpickler.dispatch[code]
-                             for code in [getattr(pickle, name)[0] for name in INSTRUCTIONS]})
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build,
-                 pickle.EMPTY_DICT[0]: lambda self: self.append(StoredDict()),
-                 pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,            # sets become lists,
-                 pickle.ADDITEMS[0]: pickle._Unpickler.load_appends}                # so that nothing in them is hashed
 
 
 def numpy_dtype(code, *_):
-    """The code of a numpy.dtype if it is a kind of number, one of NUMBERS, or ValueError."""
+    """A numpy.dtype of numbers -> how to unpack one; ValueError for any other."""
     if type(code) is not str or code not in NUMBERS:
         raise ValueError(f'it has a numpy.dtype {code[:20] if type(code) is str else ""}, which is no number')
-    return code
+    return struct.Struct('<' + NUMBERS[code])
 
 
 KNOWN = STORAGES | {
     '_codecs.encode': lambda text, _: text.encode('latin1'),                # how protocol 2 writes bytes
     'builtins.getattr': lambda *_: None,                                    # a bound method in ECT's loss
     'builtins.set': lambda items: items,
-    'collections.OrderedDict': lambda: StoredDict(),
-    'dnnlib.util.EasyDict': lambda: StoredDict(),
+    'collections.OrderedDict': lambda: {},
+    'dnnlib.util.EasyDict': lambda: {},
     'numpy.dtype': numpy_dtype,
-    'numpy.core.multiarray.scalar': lambda code, data: struct.unpack('<' + NUMBERS[numpy_dtype(code)], data)[0],
+    'numpy.core.multiarray.scalar': lambda dtype, data: dtype.unpack(data)[0],
     'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
     'torch._utils._rebuild_tensor_v2': lambda *args: StoredTensor(*args[:4]),
-    'torch.nn.modules.container.ModuleDict': lambda: StoredModule('ModuleDict', StoredDict()),
     'torch.storage._load_from_bytes': lambda data: read_file(data, left=0),
-    'torch_utils.persistence._reconstruct_persistent_obj':                  # the program in its module_src stays unread
-        lambda meta: StoredModule(meta['class_name'], meta['state'])}
+    # A module is a dict with `class_name` and `state`, its __dict__. The program in `module_src` stays unread.
+    'torch_utils.persistence._reconstruct_persistent_obj': lambda module: module,
+    'torch.nn.modules.container.ModuleDict': lambda: {'class_name': 'ModuleDict', 'state': {}}}
+
+
+def unpickle(file, storages, left):
+    """One pickle -> dicts, lists, tuples, text, bytes, numbers, StoredTensor.
+
+    A Storage that it refers to is put into the dict `storages`. left: how much the calls in it may take, in bytes.
+    """
+    stack, below, memo = [], [], {}                                         # below: what each MARK has put aside
+    for instruction, value, _ in pickletools.genops(file):
+        operands, items = instruction.stack_before, []
+        if pickletools.markobject in operands:                              # it takes all that came since the last MARK
+            operands, items, stack = operands[:-2], stack, below.pop()
+        operands = [stack.pop() for _ in operands][::-1]
+
+        match instruction.name, *operands, *items:
+            case ('PROTO' | 'FRAME' | 'POP' | 'POP_MARK'), *_:
+                continue
+            case ['MARK']:
+                below.append(stack)
+                stack = []
+                continue
+            case ['BINPUT' | 'LONG_BINPUT']:
+                memo[value] = stack[-1]
+                continue
+            case 'MEMOIZE', value:
+                memo[len(memo)] = value
+            case ['BINGET' | 'LONG_BINGET']:
+                value = memo[value]
+            case ['BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'BINFLOAT' | 'BINUNICODE' | 'SHORT_BINUNICODE'
+                  | 'BINUNICODE8' | 'BINBYTES' | 'SHORT_BINBYTES' | 'BINBYTES8']:
+                pass                                                        # the value is in the file
+            case ['NONE' | 'NEWTRUE' | 'NEWFALSE' | 'EMPTY_DICT' | 'EMPTY_LIST' | 'EMPTY_SET' as name]:
+                value = dict(NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_DICT={}, EMPTY_LIST=[], EMPTY_SET=[])[name]
+            case ('EMPTY_TUPLE' | 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3'), *items:
+                value = tuple(items)
+            case ('APPEND' | 'APPENDS' | 'ADDITEMS'), list(value), *items:  # sets are lists: nothing in them is hashed,
+                value.extend(items)
+            case ('SETITEM' | 'SETITEMS'), dict(value), *items:             # as tuples of tuples may take forever to
+                if any(type(key) not in (str, int) for key in items[::2]):
+                    raise ValueError('a dict in it has keys that are neither text nor numbers')
+                value.update(zip(items[::2], items[1::2], strict=True))
+            case ('GLOBAL' | 'STACK_GLOBAL'), *names:
+                name = '.'.join(names or value.split(' '))
+                name = name.replace('__builtin__', 'builtins').replace('numpy._core', 'numpy.core')
+                if name not in KNOWN:
+                    raise ValueError(f'it asks for {name[:100]}, unknown to checkpoints; nothing of it was run')
+                value = KNOWN[name]
+            case 'BINPERSID', ('storage', torch.dtype() as dtype, str(key), _, int(numel), *rest) if not any(rest):
+                value = storages.setdefault(key, Storage(dtype, numel, bytearray()))
+            case 'BINPERSID', ('module', value, *_):                        # a class, in torch.save's old format
+                pass
+            case ('REDUCE' | 'NEWOBJ'), function, tuple(args) if callable(function):        # only KNOWN's are callable
+                left -= sum(len(arg) if type(arg) in (str, bytes) else 1 for arg in args)
+                if left < 0:
+                    raise ValueError('it unpacks to far more than its size')
+                value = function(*args)
+            case 'BUILD', value, state:                                     # attributes are of interest in modules only
+                if type(value) is type(state) is dict and 'class_name' in value:
+                    value['state'] = state
+            case 'STOP', value:
+                return value
+            case _:
+                raise ValueError(f'it uses the pickle instruction {instruction.name} as no checkpoint does')
+        stack.append(value)
 
 
 def read_file(data, left):
-    """A pickle, or a file of torch.save -> dicts, lists, tuples, numbers, text, bytes, StoredModule, StoredTensor."""
+    """The bytes of a pickle, or of a file of torch.save -> as `unpickle`."""
     file, storages = io.BytesIO(data), {}
     if data.startswith(b'PK'):
         archive = zipfile.ZipFile(file)
@@ -691,18 +645,18 @@ def read_file(data, left):
         if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
             raise ValueError('it is compressed, as no checkpoint is, and may unpack to far more than its size')
         main = next((name for name in archive.namelist() if name.endswith('/data.pkl')), 'data.pkl')
-        value = Unpickler(io.BytesIO(archive.read(main)), storages, left).load()
+        value = unpickle(io.BytesIO(archive.read(main)), storages, left)
         for key, storage in storages.items():
-            storage.read = partial(archive.read, f'{main.removesuffix(".pkl")}/{key}')
+            storage.data.extend(archive.read(f'{main.removesuffix(".pkl")}/{key}'))
         return value
 
-    value = Unpickler(file, storages, left).load()
+    value = unpickle(file, storages, left)
     if value == torch.serialization.MAGIC_NUMBER:               # the old format: version, system, value, keys, storages
-        _, _, value, keys = [Unpickler(file, storages, left).load() for _ in range(4)]
+        _, _, value, keys = [unpickle(file, storages, left) for _ in range(4)]
         if keys != sorted(storages):
             raise ValueError('it is damaged: its list of storages is not that of its tensors')
-        for key in sorted(storages):
-            if int.from_bytes(file.read(8), 'little') != storages[key].numel:
+        for _, (dtype, numel, numbers) in sorted(storages.items()):
+            if int.from_bytes(file.read(8), 'little') != numel:
                 raise ValueError('it is cut short or damaged: a storage has another length than announced')
-            storages[key].read = partial(bytes, file.read(storages[key].numel * storages[key].dtype.itemsize))
+            numbers.extend(file.read(numel * dtype.itemsize))
     return value

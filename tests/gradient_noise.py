@@ -19,7 +19,7 @@ B = 64
 
 def gradient(model, data, ref_size, j, levels):
     """Gradient of the loss of batch j, all parameters in one vector."""
-    net = common.network(model, 'fp32', torch.device('cpu'))
+    net = common.network(model, 'fp32')
     normal = lambda name, *shape: common.randn((B, *shape), j, name)
     index = common.batch_indices(len(data.images), B, j, 7)
     x0, y = data.at(index, torch.device('cpu'))
@@ -36,7 +36,7 @@ def main(run, weights=None, P_mean=-1.1, P_std=2.0):
     model = sct.load(run).requires_grad_(True)
     if weights:
         model.load_state_dict(torch.load(weights, weights_only=True))
-    data = common.load_data(common.argparse.Namespace(**model.config))
+    data = common.load_data(common.argparse.Namespace(**model.config), torch.device('cpu'))
     for ref_size in ('1', 'batch', '1024', 'all'):
         gradients = [gradient(model, data, ref_size, j, (float(P_mean), float(P_std))) for j in range(32)]
         noise = torch.stack([(a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])])

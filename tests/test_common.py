@@ -3,6 +3,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -55,8 +56,12 @@ def test_bytes_and_floats():
     assert common.to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
 
 
+CPU = torch.device('cpu')
+
+
 def flags(**values):
-    defaults = dict(dataset='folder', data_dir='data', resolution=None, cond=False, out='out', benchmark=None)
+    defaults = dict(dataset='folder', data_dir='data', resolution=None, cond=False, labels=None, out='out',
+                    benchmark=None)
     return Namespace(**defaults | values)
 
 
@@ -126,7 +131,7 @@ def test_cifar10_missing_damaged_or_not_to_be_had(archive, server, tmp_path, mon
     monkeypatch.setattr(common, 'CIFAR10_URL', f'{server[1]}/x')
     with pytest.raises(UserError, match='md5'):
         common.cifar10(tmp_path / 'b')
-    assert not list((tmp_path / 'b').iterdir())
+    assert not (tmp_path / 'b').exists()
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c/cifar-10-binary.tar.gz').write_bytes(archive[0].read_bytes()[:5000])
     with pytest.raises(UserError, match='cifar-10-binary.tar.gz has md5'):
@@ -180,12 +185,14 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
     with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
         for path in (tmp_path / 'set').rglob('*'):
             archive.write(path, path.relative_to(tmp_path / 'set'))
-    a, b = (common.load_data(flags(data_dir=tmp_path / name, cond=True)) for name in ('set', 'set.zip'))
+    a, b = (common.load_data(flags(data_dir=tmp_path / name, cond=True), CPU) for name in ('set', 'set.zip'))
     assert torch.equal(a.images, b.images) and a.images.shape == (4, 3, 8, 8)
     assert a.labels.tolist() == b.labels.tolist() == [0, 0, 1, 1]           # cat/a, cat/deep/c, dog/b, dog/U
     assert a.classes == 2
     assert np.array_equal(a.images[0], np.asarray(Image.open(tmp_path / 'set/cat/a.png')).transpose(2, 0, 1))
-    assert common.load_data(flags(data_dir=tmp_path / 'set')).labels is None
+    args = flags(data_dir=tmp_path / 'set')
+    assert common.load_data(args, CPU).labels.tolist() == [0, 0, 0, 0]
+    assert (args.resolution, args.in_channels, args.label_dim) == (8, 3, 0)
 
 
 def test_labels_from_edms_dataset_json(tmp_path):
@@ -193,12 +200,12 @@ def test_labels_from_edms_dataset_json(tmp_path):
         picture(tmp_path / f'00000/img{i}.png', seed=i)
     table = {'labels': [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]}
     (tmp_path / 'dataset.json').write_text(json.dumps(table))
-    data = common.load_data(flags(data_dir=tmp_path, cond=True))
+    data = common.load_data(flags(data_dir=tmp_path, cond=True), CPU)
     assert data.labels.tolist() == [5, 0, 2] and data.classes == 6
     table['labels'].pop()
     (tmp_path / 'dataset.json').write_text(json.dumps(table))
     with pytest.raises(UserError, match='dataset.json'):
-        common.load_data(flags(data_dir=tmp_path, cond=True))
+        common.load_data(flags(data_dir=tmp_path, cond=True), CPU)
 
 
 def test_resolution_crops_the_centre(tmp_path):
@@ -237,8 +244,9 @@ def bomb(path):
 
 
 @pytest.mark.parametrize('fault, words', [
-    ('missing', 'no such folder'), ('empty', 'holds no images'), ('file', 'neither a folder nor a zip'),
-    ('mixed', 'b.png'), ('oblong', 'not square'), ('cut', 'b.png cannot be read'), ('text', 'b.png cannot be read'),
+    ('missing', 'no folder or zip'), ('empty', 'holds no images'), ('file', 'no folder or zip'),
+    ('mixed', 'b.png is 10x10, not 8x8'), ('oblong', 'a.png is 8x6, not 6x6'),
+    ('cut', 'b.png cannot be read'), ('text', 'b.png cannot be read'),
     ('bomb', 'b.png'), ('dataset', 'dataset.json'), ('unlabelled', '--cond')])
 def test_bad_images_are_named(tmp_path, fault, words):
     root = tmp_path / 'set'
@@ -256,7 +264,7 @@ def test_bad_images_are_named(tmp_path, fault, words):
     if fault == 'dataset':
         (root / 'dataset.json').write_text('{')
     with pytest.raises(UserError, match=words) as error:
-        common.load_data(flags(data_dir=root / 'a.png' if fault == 'file' else root, cond=fault == 'unlabelled'))
+        common.load_data(flags(data_dir=root / 'a.png' if fault == 'file' else root, cond=fault == 'unlabelled'), CPU)
     assert '\n' not in str(error.value)
 
 
@@ -279,7 +287,7 @@ def test_links_in_a_zip_and_names_beyond_ascii(tmp_path):
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / 'z.zip', 'a') as archive:
         archive.writestr(link, str(tmp_path / 'in/x.png'))
-    with pytest.raises(UserError, match='link.png cannot be read as an image'):
+    with pytest.raises(UserError, match='link.png cannot be read'):
         common.image_folder(tmp_path / 'z.zip')
     picture(tmp_path / 'f\u00fcr/\u732b.png')
     assert len(common.image_folder(tmp_path / 'f\u00fcr').images) == 1
@@ -325,8 +333,13 @@ def test_finish_gradients():
 
 
 def test_microbatches_cover_the_batch():
-    assert [range(8)[part] for part in common.microbatches(None, 8, 3)] == [range(0, 3), range(3, 6), range(6, 8)]
-    assert [range(8)[part] for part in common.microbatches(None, 8, None)] == [range(8)]
+    args = Namespace(batch=8, microbatch=3, seed=0)
+    parts, masks = zip(*common.microbatches(None, args, 5))
+    assert [range(8)[part] for part in parts] == [range(0, 3), range(3, 6), range(6, 8)] and len(set(masks)) == 3
+    args.microbatch = None
+    (part, mask), = common.microbatches(None, args, 5)
+    assert range(8)[part] == range(8) and mask == masks[0]
+    assert mask != next(common.microbatches(None, args, 6))[1]              # another step, other units are dropped
 
 
 # Runs
@@ -359,7 +372,7 @@ def test_bad_checkpoints(tmp_path, content):
 
 
 def test_log_has_every_step_once_and_averages_nothing_away(tmp_path):
-    args = flags(out=tmp_path, steps=7, batch=4, save_every=None, sample_every=None, eval_every=None, resume=False,
+    args = flags(out=tmp_path, steps=7, batch=4, save_every=100, sample_every=None, eval_every=None, resume=False,
                  script='sct')
     log = common.Log(args, 0, torch.device('cpu'))
     log.block = 3
@@ -428,28 +441,43 @@ def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
     plain = common.image_folder(folder).images
     monkeypatch.setattr(common, 'MAPPED', 900)
     assert torch.equal(common.image_folder(folder).images, plain)
-    cache, = tmp_path.glob('pictures-8-*.npy')
-    read = common.read_image
-    monkeypatch.setattr(common, 'read_image', lambda data, where, *rest: (
-        read(data, where, *rest) if '0.png' in where else 1 / 0))
-    assert torch.equal(common.image_folder(folder).images, plain)               # only the first is decoded again
+    cache, = tmp_path.glob('pictures-8-*.uint8')
+    read, decoded = common.read_image, []
+    monkeypatch.setattr(common, 'read_image', lambda data, *rest: decoded.append(data) or read(data, *rest))
+    assert torch.equal(common.image_folder(folder).images, plain)
+    assert decoded == [(folder / '0.png').read_bytes()]                         # only the first is decoded again
     monkeypatch.undo()
     monkeypatch.setattr(common, 'MAPPED', 900)
     Image.fromarray(common.draw_shape(7, 8).transpose(1, 2, 0)).save(folder / '5.png')
     assert len(common.image_folder(folder).images) == 6
+    second, = set(tmp_path.glob('*.uint8')) - {cache}
     cache.write_bytes(cache.read_bytes()[:200])
     (folder / '5.png').unlink()
     with pytest.raises(common.UserError, match='delete it'):
         common.image_folder(folder)
-    assert not list(tmp_path.glob('*.part'))
+    assert {path.name for path in tmp_path.iterdir()} == {'pictures', cache.name, second.name}
+
+
+def test_a_disk_that_is_too_small_for_the_mapped_file(tmp_path, monkeypatch):
+    """It is noticed while the file is made, and not as a bus error when the images are used."""
+    for i in range(5):
+        picture(tmp_path / f'pictures/{i}.png')
+    monkeypatch.setattr(common, 'MAPPED', 900)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))          # a file that may not grow: as a full disk
+    try:
+        with pytest.raises(UserError, match='uint8 cannot be used'):
+            common.image_folder(tmp_path / 'pictures')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ['pictures']
 
 
 def test_batches_are_those_of_their_steps():
     data = common.shapes(50, 8)
-    args = common.argparse.Namespace(batch=8, seed=3)
-    coming = common.batches(data, args, 4, torch.device('cpu'))
-    for step in (4, 5, 6):
-        index, images, labels = next(coming)
+    args = Namespace(batch=8, seed=3, steps=7, benchmark=None)
+    for step, (number, index, images, labels) in enumerate(common.batches(data, args, 4, CPU), 4):
+        assert number == step
         assert torch.equal(index, common.batch_indices(50, 8, step, 3)) and torch.equal(labels, data.labels[index])
         assert torch.equal(images, common.normalise(data.images[index]))
-    coming.close()
+    assert step == 6

@@ -1,4 +1,6 @@
 """fid.py against torch-fidelity's features and resize, and scipy's matrix square root (`fid.npz`)."""
+import argparse
+import shutil
 import warnings
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def test_streaming_statistics_equal_numpys():
     np.testing.assert_allclose(cov, np.cov(x.double().numpy().T), rtol=1e-8)
 
 
-def test_folding_batch_norm_changes_nothing_and_names_are_pytorch_fids():
+def test_loading_folds_batch_norm_which_changes_nothing_and_names_are_pytorch_fids(tmp_path):
     torch.manual_seed(0)
     net = fid.InceptionV3().eval()
     for module in net.modules():
@@ -57,14 +59,14 @@ def test_folding_batch_norm_changes_nothing_and_names_are_pytorch_fids():
     assert {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var',
             'Mixed_7c.branch3x3dbl_3b.conv.weight'} <= names
     assert len([n for n in names if n.endswith('conv.weight')]) == 94
+    torch.save(net.state_dict() | {'fc.weight': torch.zeros(3)}, tmp_path / 'w.pth')            # fc: in theirs, unused
+    folded, name = fid.load_inception(tmp_path / 'w.pth')
+    assert name.startswith('FID with other Inception weights (')
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     x = torch.randint(0, 256, (1, 3, 32, 32))
-    with torch.no_grad():
-        before = net(x)
-        for module in net.modules():
-            if isinstance(module, fid.Conv):
-                module.fold()
-        torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-4)
-    assert before.shape == (1, 2048)
+    features = net(x)
+    assert features.shape == (1, 2048)
+    torch.testing.assert_close(folded(x), features, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.assets
@@ -73,9 +75,7 @@ def test_features_are_the_published_ones(real):
     assert name == 'FID'
     for size in (32, 64):
         images = torch.from_numpy(GOLDEN[f'images{size}']).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            features = net(images).numpy()
-        np.testing.assert_allclose(features, GOLDEN[f'features{size}'], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(net(images).numpy(), GOLDEN[f'features{size}'], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.assets
@@ -96,7 +96,6 @@ def pictures(folder, n=12, size=8, seed=0):
 
 
 def test_command_on_folders_zips_and_statistics(tmp_path, capsys):
-    import shutil
     a, b = pictures(tmp_path / 'a'), pictures(tmp_path / 'b', seed=1)
     shutil.make_archive(tmp_path / 'b', 'zip', b)
 
@@ -104,12 +103,16 @@ def test_command_on_folders_zips_and_statistics(tmp_path, capsys):
         assert common.run(fid.main, [*map(str, argv), '--fid-features', 'pixels']) == 0
         name, value = capsys.readouterr().out.strip().rsplit(':', 1)
         return name, float(value)
-    name, value = measure(a, '--against', b, '--save', tmp_path / 'a.npz')
+    name, value = measure(a, '--against', b)
     pixels = lambda path: np.asarray(Image.open(path), np.float64).transpose(2, 0, 1).ravel() / 127.5 - 1
     x, y = (np.stack([pixels(path) for path in sorted(folder.iterdir())]) for folder in (a, b))
     expected = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
     assert abs(value - expected) < 1e-3 * expected and name == f'pixel-FD (12 images against 12 of {b})'
-    assert measure(tmp_path / 'b.zip', '--against', tmp_path / 'a.npz')[1] == pytest.approx(value, rel=1e-6)
+    np.savez(tmp_path / 'a.npz', mu=x.mean(0), sigma=np.cov(x.T))                           # as other tools keep them
+    name, again = measure(tmp_path / 'b.zip', '--against', tmp_path / 'a.npz')
+    assert again == pytest.approx(value, rel=1e-6) and name == f'pixel-FD (12 images against {tmp_path / "a.npz"})'
+    np.savez(tmp_path / 'a.npz', mu=x.mean(0), sigma=np.cov(x.T), n=12)
+    assert f'12 of {tmp_path / "a.npz"}' in measure(b, '--against', tmp_path / 'a.npz')[0]
     assert measure(a, '--against', b, '--num', 5)[0].startswith('pixel-FD (5 images')
 
 
@@ -140,19 +143,26 @@ def test_bad_pictures_and_weights(tmp_path, refused):
     refused(fid, [a, '--against', a, '--inception', tmp_path / 'other.pth'], 'other.pth')
     refused(fid, [a, '--against', a, '--inception', tmp_path / 'none.pth'], 'none.pth')
     refused(fid, [a, '--against', a, '--nmu', '3'], '--nmu')
-    refused(fid, [a, '--against', a, '--device', 'tpu'], '--device')
     refused(fid, [tmp_path / 'typo.tar.gz', '--against', a], 'typo.tar.gz')
-    refused(fid, [a, '--against', a, '--fid-features', 'pixels', '--save', tmp_path / 'no/dir.npz'], '--save')
     np.savez(tmp_path / 's.npz', mu=np.zeros(3), sigma=np.eye(3))
     refused(fid, [a, '--against', tmp_path / 's.npz', '--fid-features', 'pixels'], '3 features')
 
 
-def test_only_the_real_thing_is_called_fid_50k():
-    assert fid.distance_name('FID', 50_000, 'the 50,000 training images', True) == 'FID-50k'
-    name = fid.distance_name('FID', 2_000, 'the 50,000 training images', True)
-    assert name == 'FID (2,000 images against the 50,000 training images)'
-    assert '50,000 images against s.npz' in fid.distance_name('FID', 50_000, 's.npz', False)
-    assert fid.distance_name('FID with other Inception weights', 50_000, 'x', True) != 'FID-50k'
+def test_only_the_real_thing_is_called_fid_50k(monkeypatch, tmp_path):
+    data = argparse.Namespace(images=torch.randint(0, 256, (2_000, 3, 4, 4), dtype=torch.uint8), home=None)
+    np.savez(tmp_path / 's.npz', mu=np.zeros(48), sigma=np.eye(48), n=50_000)
+
+    def name(kind='FID', **flags):
+        monkeypatch.setattr(fid, 'load_inception', lambda *_: (fid.pixel_features, kind))
+        args = dict(evaluate='run', data_dir='data', inception=None, fid_features='inception', fid_num=50_000,
+                    fid_ref=None, labels=None)
+        return fid.prepare(argparse.Namespace(**args | flags), 'cpu', data)[1]
+    assert name() == 'FID-50k'
+    assert name(fid_num=2_000) == 'FID (2,000 images against the 2,000 training images)'
+    assert name(fid_ref=str(tmp_path / 's.npz')) == f'FID (50,000 images against {tmp_path / "s.npz"})'
+    assert name(labels=[1]) == 'FID (50,000 images against the 2,000 training images; classes [1] only)'
+    assert name('FID with other Inception weights').startswith('FID with other Inception weights (50,000 images')
+    assert name(fid_features='pixels') == 'pixel-FD (50,000 images against the 2,000 training images)'
 
 
 def test_reference_statistics_are_kept_under_a_name_of_the_data(tmp_path):
@@ -172,7 +182,7 @@ def test_reference_statistics_are_kept_under_a_name_of_the_data(tmp_path):
 
 def test_statistics_are_of_all_the_pictures_in_their_lots():
     images = torch.randint(0, 256, (250, 3, 4, 4), dtype=torch.uint8)
-    mu, cov, n = fid.measure_pictures(images, fid.pixel_features, 'pictures')
+    mu, cov, n = fid.dataset_statistics(images, fid.pixel_features, 'pixel-FD', None)
     features = fid.pixel_features(images).double().numpy()
     assert n == 250
     np.testing.assert_allclose(mu, features.mean(0), atol=1e-12)

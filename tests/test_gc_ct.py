@@ -11,6 +11,7 @@ import torch
 
 import common
 import gc_ct
+import unet
 from conftest import Script
 
 GC = np.load(Path(__file__).parent / 'data/gc_losses.npz')
@@ -45,7 +46,8 @@ def test_number_of_levels_is_the_published_one():
 
 @pytest.mark.parametrize('step', STEPS)
 def test_pair_probabilities_are_the_published_ones(step):
-    p = gc_ct.pair_probabilities(levels(step), -1.1, 2.0)
+    sigmas, p = gc_ct.level_table(len(levels(step)), -1.1, 2.0)
+    assert torch.equal(sigmas, levels(step))
     close(p[:8], GC[f'{step}:pdf_first8'], atol=1e-7)
     assert abs(p.sum() - 1) < 1e-12 and len(p) == len(levels(step)) - 1
 
@@ -72,13 +74,12 @@ def test_loss_is_the_published_one(step):
 
 def test_level_pairs_follow_the_probabilities():
     """A million draws, against the expected counts (five standard deviations); neighbours in the table."""
-    sigmas, cumulated = gc_ct.level_table(21, -1.1, 2.0, torch.device('cpu'))
-    t, r = gc_ct.level_pair(common.rand((1_000_000,), 'u'), sigmas, cumulated)
+    sigmas, p = gc_ct.level_table(21, -1.1, 2.0)
+    t, r = gc_ct.level_pair(common.rand((1_000_000,), 'u'), sigmas, p)
     i = torch.searchsorted(sigmas, r)
     assert torch.equal(sigmas[i], r) and torch.equal(sigmas[i + 1], t)
-    p = gc_ct.pair_probabilities(sigmas, -1.1, 2.0)
     assert ((i.bincount(minlength=20) - 1e6 * p).abs() < 5 * (1e6 * p).sqrt() + 1).all()
-    t, r = gc_ct.level_pair(torch.tensor([0.0, 1.0]), sigmas, cumulated)                # the ends of the unit interval
+    t, r = gc_ct.level_pair(torch.tensor([0.0, 1.0]), sigmas, p)                # the ends of the unit interval
     close(torch.stack([t, r]), [[sigmas[1], 80], [sigmas[0], sigmas[-2]]])
 
 
@@ -132,16 +133,17 @@ def test_gradients_stop_at_teacher_and_endpoint_and_masks_are_alike():
 
 
 @pytest.mark.parametrize('t', [0.1, 2.0, 80.0])
-def test_posterior_mean_is_exact(t):
+def test_the_direction_in_the_diagnostics_is_exact(t):
     """Against float64 distances, with and without classes."""
     data = common.shapes(300, 8)
-    x_t, level = common.normalise(data.images[:16]) + t * common.randn((16, 3, 8, 8), 'n'), torch.full((16,), t)
-    d2 = torch.cdist(x_t.double().flatten(1), common.normalise(data.images).double().flatten(1)).square()
-    for allowed in (None, data.labels[:16, None] == data.labels):
-        logits = -d2 / (2 * t ** 2) if allowed is None else (-d2 / (2 * t ** 2)).masked_fill(~allowed, -torch.inf)
-        expected = (logits.softmax(1) @ common.normalise(data.images).double().flatten(1)).view_as(x_t)
-        mean = gc_ct.posterior_mean(x_t, level, data.images, allowed)
-        torch.testing.assert_close(mean.double(), expected, rtol=0, atol=1e-4)
+    images, z = common.normalise(data.images), common.randn((16, 3, 8, 8), 'n')
+    x_t = (images[:16] + t * z).double().flatten(1)
+    for labels in (torch.zeros(300), data.labels):
+        logits = -torch.cdist(x_t, images.double().flatten(1)).square() / (2 * t ** 2)
+        mean = logits.masked_fill(labels[:16, None] != labels, -torch.inf).softmax(1) @ images.double().flatten(1)
+        expected = (z.flatten(1) - (x_t - mean) / t).square().mean()
+        results = gc_ct.diagnostics(toy(0.1), images[:16], z, labels[:16], images, labels, t)
+        assert abs(results['IC'][1] - expected) < 1e-4 * expected + 1e-8
 
 
 def test_decay_of_the_moving_average():
@@ -158,7 +160,7 @@ def test_assignment_is_optimal():
         x0, z = common.randn((6, 3, 2, 2), seed, 'x'), common.randn((6, 3, 2, 2), seed, 'z')
         cost = lambda order: (x0[list(order)] - 80 * z).square().sum().item()
         best = min(itertools.permutations(range(6)), key=cost)
-        assert gc_ct.optimal_transport(x0, z).tolist() == list(best)
+        assert common.optimal_transport(x0, z).tolist() == list(best)
 
 
 def test_without_scipy_one_line_says_what_to_install(monkeypatch, refused):
@@ -190,13 +192,13 @@ def test_generated_pairs_are_nearer_than_independent_ones():
 
 
 def test_diagnostics_on_a_data_set_of_two_points():
-    """Images 0 and 255, so -1 and 1: E[x0 | x_t] = tanh(x_t / t²), and all is known in closed form."""
-    images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None]
+    """Images -1 and 1: E[x0 | x_t] = tanh(x_t / t²), and all is known in closed form."""
+    images = torch.tensor([-1.0, 1.0])[:, None, None, None]
     x0 = torch.tensor([-1.0, 1.0, 1.0])[:, None, None, None]
     z = torch.tensor([0.5, -0.2, 1.5])[:, None, None, None]
     sigma, order = 0.7, torch.tensor([1, 0, 2])
     net = lambda x, c, y=None: torch.zeros_like(x)                              # x_hat = c_skip x
-    results = gc_ct.diagnostics(net, x0, z, None, images, None, sigma, 0.0, order)
+    results = gc_ct.diagnostics(net, x0, z, torch.zeros(3), images, torch.zeros(2), sigma, 0.0, order)
     x_hat = 0.25 / (sigma ** 2 + 0.25) * (x0 + sigma * z)
     for name, x in (('IC', x0), ('OT', x0[order]), ('GC', x_hat)):
         x_t = x + sigma * z
@@ -248,7 +250,7 @@ def test_training_approaches_the_exact_consistency_function(mu, numbers):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for step in range(steps):
         x0, z = (common.randn((n, 1, 1, numbers), step, stream) for stream in 'xz')
-        table = gc_ct.level_table(gc_ct.num_levels(step, steps, 10, 160), 0.5, 2.0, torch.device('cpu'))
+        table = gc_ct.level_table(gc_ct.num_levels(step, steps, 10, 160), 0.5, 2.0)
         t, r = gc_ct.level_pair(common.rand((n,), step, 't'), *table)
         x_hat = gc_ct.generator_coupling(net, x0, z, r, None, common.rand((n,), step, 'mix') < mu, M)
         optimizer.zero_grad()
@@ -330,7 +332,7 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, endpoint):
         torch.testing.assert_close(x_hat, endpoint, rtol=1e-4, atol=1e-5)
         sigmas = torch.tensor(gc_ct.rho_levels(gc_ct.num_levels(step, 3, 10, 80) - 1))
         u = common.rand((64,), 0, step, 'level')
-        cumulated = gc_ct.pair_probabilities(sigmas, -1.1, 2.0).cumsum(0).float()
+        cumulated = gc_ct.level_table(len(sigmas), -1.1, 2.0)[1].cumsum(0).float()
         i = torch.searchsorted(cumulated, u, right=True).clamp(max=len(sigmas) - 2)
         assert torch.equal(t, sigmas[i + 1]) and torch.equal(r, sigmas[i])
         assert asked[step][1][4].all()
@@ -403,7 +405,7 @@ def test_settings_that_depend_on_coupling_and_schedule(capsys):
     assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic')['dropout'] == 0.3
     assert settings(capsys, '--dataset', 'cifar10', '--coupling', 'ic', '--dropout', 0.1)['dropout'] == 0.1
     tuning = settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect')
-    expected = dict(mu=0.3, optimizer='RAdam', c=0, init=gc_ct.EDM_URL, batch=128)
+    expected = dict(mu=0.3, optimizer='RAdam', c=0, init=unet.URLS['cifar10'], batch=128)
     assert {name: tuning[name] for name in expected} == expected
     assert settings(capsys, '--dataset', 'cifar10', '--schedule', 'ect', '--pretrain-steps', 5)['init'] == 'none'
     assert settings(capsys, '--dataset', 'imagenet32')['blocks'] == [3, 5, 7]
@@ -422,7 +424,7 @@ def test_the_papers_network_has_35_8_million_parameters(capsys):
 def test_sampling_takes_levels_downwards_with_fresh_noise():
     assert run(*TINY) == 0
     model = gc_ct.load('runs/gc_ct-shapes')
-    net, y = common.network(model, 'fp32', torch.device('cpu')), torch.arange(12) % 10
+    net, y = common.network(model, 'fp32'), torch.arange(12) % 10
     z = [common.randn((12, 3, 8, 8), 3, i, 'sample') for i in range(3)]
     x = gc_ct.f(net, 80 * z[0], torch.full((12,), 80.0), y, M)
     torch.testing.assert_close(gc_ct.sample(model, 12, seed=3), x.clamp(-1, 1))
@@ -437,7 +439,8 @@ def test_analysis_prints_and_draws(capsys):
     assert run(*TINY) == 0 and run('--analyse', 'runs/gc_ct-shapes') == 0
     out = capsys.readouterr().out
     table = [line.split() for line in out.splitlines() if line[:8].strip().replace('.', '').replace('e-', '').isdigit()]
-    assert len(table) == 12 and float(table[-1][0]) == 80 and all(math.isfinite(float(v)) for row in table for v in row)
+    assert len(table) == 24 and float(table[11][0]) == float(table[-1][0]) == 80
+    assert all(math.isfinite(float(value)) for row in table for value in row)
     assert Path('runs/gc_ct-shapes/analyse.png').stat().st_size > 5000
 
 

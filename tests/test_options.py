@@ -51,7 +51,7 @@ def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
     common.compile_in_place(net)
     x0, eps = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     t = torch.tensor([0.5, 1.0, 2.0, 4.0])
-    call = common.network(net, 'fp32', torch.device('cpu'))
+    call = common.network(net, 'fp32')
     inputs = dict(x_t=x0 + t[:, None, None, None] * eps, t=t, x0_hat=x0, eps_hat=eps, r=t, weighting='edm')
     value = sct.loss(call, **inputs, mask=1)
     value.sum().backward()

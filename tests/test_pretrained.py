@@ -288,11 +288,11 @@ def test_calls_are_refused_by_name_and_not_made(writer, place, tmp_path):
     (b'(cos\nsystem\nX\x04\x00\x00\x00trueo.', 'os.system'),
     (b'\x80\x04\x8c\x02os\x8c\x06system\x93.', 'os.system'),
     (b'\x80\x04\x8c\x0btorch.utils\x8c\x0f_pytree.\nsystem\x93.', 'torch.utils'),
-    (b'\x80\x04]]\x93.', 'requires str'),
-    (b'\x80\x02X\x09\x00\x00\x00os.systemX\x04\x00\x00\x00true\x85R.', 'not a name'),           # text is not a name
+    (b'\x80\x04]]\x93.', 'expected str'),
+    (b'\x80\x02X\x09\x00\x00\x00os.systemX\x04\x00\x00\x00true\x85R.', 'REDUCE'),               # text is not a name
     # Nor is what getattr gives.
-    (b'\x80\x02c__builtin__\ngetattr\nX\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R)R.', 'not a name'),
-    (b'\x80\x02ctorch\nFloatStorage\n)R.', 'not a name'),
+    (b'\x80\x02c__builtin__\ngetattr\nX\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86R)R.', 'REDUCE'),
+    (b'\x80\x02ctorch\nFloatStorage\n)R.', 'REDUCE'),
     (b'\x80\x02\x82\x01.', 'EXT1'), (b'P0\n.', 'PERSID'), (b'\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x0f', ''),
     (b'\x80\x02}r\xff\xff\xff\xff.', ''), (b'\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.', ''),
     (b'\x80\x02' + b'('* 100 + b't' * 99 + b'.', ''), (b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.', ''),
@@ -326,15 +326,22 @@ def build(path, writer, *args):
 def test_tensors_stay_within_their_storage(writer, tmp_path):
     path = tmp_path / 'x.pkl'
     for args in [(0, (2, 3), (3, 1)), (5, (1,), (1,)), (0, (3, 2), (1, 3)), (0, (), ()), (6, (0,), (1,)),
-                 (0, (0, 3), (3, 1))]:
+                 (0, (0, 3), (3, 1)), (0, [2, 3], [3, 1])]:
         build(path, writer, *args)
         assert torch.equal(load_pretrained(path)[0]['w'], torch.arange(6.0).as_strided(args[1], args[2], args[0]))
-    for args in [(0, (7,), (1,)), (1, (6,), (1,)), (6, (), ()), (0, (3, 2), (4, 1)), (0, (2,), (6,)), (-1, (2,), (1,)),
-                 (0, (2,), (-1,)), (0, (-2,), (1,)), (0, (10 ** 6, 10 ** 6), (0, 0)), (0, (6, 2), (1, 0)),
-                 (0, (2 ** 63,), (0,)), (0, (2, 3), (1,)), (0, [2, 3], [3, 1]), (0.0, (2,), (1,)), ('0', (2,), (1,)),
-                 (0, (1,) * 100, (1,) * 100), (0, (2 ** 62, 0), (1, 1)), (0, None, None)]:
+    for args in [(0, (7,), (1,)), (1, (6,), (1,)), (6, (), ()), (0, (3, 2), (4, 1)), (0, (2,), (6,)),
+                 (2 ** 61, (2,), (2 ** 60,)), (0, (5,), (2 ** 62,)), (0, (-2,), (1,))]:
         build(path, writer, *args)
-        refused(path, 'tensor in it')
+        refused(path, 'torage size')
+    for args, word in [((-1, (2,), (1,)), 'offset'), ((0, (2,), (-1,)), 'strides'), ((0, (2, 3), (1,)), 'stride'),
+                       ((0, (2 ** 32, 2 ** 32), (0, 0)), 'overflow'), ((0, (2 ** 63,), (0,)), 'verflow'),
+                       ((0.0, (2,), (1,)), 'offset'), (('0', (2,), (1,)), 'offset'), ((0, None, None), 'len')]:
+        build(path, writer, *args)
+        refused(path, word)
+    for args in [(0, (10 ** 6, 10 ** 6), (0, 0)), (0, (6, 2), (1, 0)), (0, (1,) * 100, (1,) * 100),
+                 (0, (2 ** 62, 0), (1, 1))]:
+        build(path, writer, *args)
+        refused(path, 'no tensor')
 
 
 def test_storages_that_are_not_what_they_say(tmp_path):
@@ -399,6 +406,14 @@ def test_small_files_cannot_become_large_or_slow(tmp_path):
     refused(path)                                       # neither a name nor a state
     path.write_bytes(b'\x80\x02ctorch.nn.modules.container\nModuleDict\n)\x81](' + pairs + b'K\x01\x86eb.')
     assert load_pretrained(path) == ({}, dict(class_name='ModuleDict', format='module'))       # the state is no dict
+
+    state = b'}(' + b''.join(b'X\x05\x00\x00\x00%05dN' % i for i in range(20_000)) + b'uq\x00'
+    module = b'ctorch.nn.modules.container\nModuleDict\nq\x01)q\x02]('
+    path.write_bytes(b'\x80\x02' + state + module + b'h\x01h\x02\x81h\x00b' * 50_000 + b'e.')
+    refused(path, 'neither')                            # 50 GB if each of the modules had a copy of the state
+    call = b'c__builtin__\ngetattr\nq\x01]('
+    path.write_bytes(b'\x80\x02(' + b'N' * 300_000 + b'tq\x00' + call + b'h\x01h\x00R' * 300_000 + b'e.')
+    refused(path, 'more than its size')
 
     part = nn.ModuleDict()
     for _ in range(50):

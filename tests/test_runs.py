@@ -140,8 +140,7 @@ def test_lots_of_samples_go_through_all_classes():
         return torch.zeros(n, 3, 1, 1)
     args = common.argparse.Namespace(seed=0, fid_num=300, nfe=[1])
     features = lambda x: x.flatten(1).double() + torch.rand(len(x), 3)
-    judge = fid.Judge(features, 'pixel-FD', (np.zeros(3), np.eye(3), 9), 'x', True)
-    fid.evaluate(judge, args, draw)
+    fid.evaluate((features, 'pixel-FD', (np.zeros(3), np.eye(3), 9)), args, draw)
     assert torch.cat(asked).bincount().tolist() == [2] * 150
 
 

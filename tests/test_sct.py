@@ -10,6 +10,7 @@ import torch
 
 import common
 import sct
+import unet
 from conftest import Script, all_shapes
 
 ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
@@ -72,8 +73,8 @@ def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
     x_t = x0 + t * common.randn(x0.shape, 'noise', t)
     level = torch.full((16,), t)
     allowed = data.labels[:16, None] == data.labels if labelled else None
-    index, y = torch.arange(16), data.labels[:16] if labelled else None
-    data = data if labelled else data._replace(labels=None)
+    data = data if labelled else data._replace(labels=torch.zeros_like(data.labels))
+    index, y = torch.arange(16), data.labels[:16]
     whole = sct.posterior_mean(x_t, level, sct.references(data, 'all', index, slice(0, 16), x0, y, None))
     exact = exact_mean(x_t, level, common.normalise(data.images), allowed)
     torch.testing.assert_close(whole.double(), exact, rtol=0, atol=1e-4)
@@ -86,7 +87,7 @@ def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
 def test_one_reference_is_ect_bit_for_bit():
     x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.rand(8) * 5
     x_t = x0 + t[:, None, None, None] * eps
-    data = common.Data(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), None, 0, None)
+    data = common.Data(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), 0, None)
     x0_hat, eps_hat = sct.target(data, '1', torch.arange(8), slice(0, 8), x0, None, x_t, t, eps, None)
     assert torch.equal(x0_hat, x0) and torch.equal(eps_hat, eps)
     r = sct.lower_level(t, 3)
@@ -101,7 +102,7 @@ def test_one_reference_is_ect_bit_for_bit():
 
 def fake_data(n=40, labels=4):
     images = torch.randint(0, 256, (n, 3, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    return common.Data(images, torch.arange(n) % labels if labels else None, labels, None)
+    return common.Data(images, torch.arange(n) % max(labels, 1), labels, None)
 
 
 @pytest.mark.parametrize('labels', [0, 4])
@@ -111,8 +112,7 @@ def test_references_hold_x0_once_and_share_its_label(ref_size, labels):
     x_all, y_all = data.at(index, torch.device('cpu'))
     draw = lambda n: torch.tensor([15, 16, 19, 23, 30, 31])[:n]             # two of them are this process's own images
     pieces = [(common.normalise(refs) if refs.dtype == torch.uint8 else refs,
-               torch.ones(4, len(refs), dtype=torch.bool) if allowed is None else allowed)
-              for refs, allowed in sct.references(data, ref_size, index, mine, x_all, y_all, draw)]
+               allowed) for refs, allowed in sct.references(data, ref_size, index, mine, x_all, y_all, draw)]
     refs, allowed = (torch.cat(parts, dim) for parts, dim in zip(zip(*pieces), (0, 1)))
     of_classes = 40 if not labels else 40 * len({int(i) % 4 for i in index[mine]}) // 4
     assert len(refs) == {'batch': 8, 'all': of_classes, '6': 5 + 4}[ref_size]
@@ -341,8 +341,7 @@ def test_training_approaches_the_exact_consistency_function(ref_size):
         t = sct.upper_level(common.randn((512,), step, 't'), 0.5, 2.0)
         r = sct.lower_level(t, step * 8 // steps)
         x_t = x0 + t[:, None, None, None] * eps
-        data = common.Data(torch.zeros(512, 1, 1, 1, dtype=torch.uint8), None, 0, None)
-        x0_hat, eps_hat = sct.target(data, ref_size, torch.arange(512), slice(0, 512), x0, None, x_t, t, eps, None)
+        x0_hat, eps_hat = sct.target(None, ref_size, None, slice(0, 512), x0, torch.zeros(512), x_t, t, eps, None)
         optimizer.zero_grad()
         sct.loss(net, x_t, t, x0_hat, eps_hat, r).mean().backward()
         optimizer.step()
@@ -356,7 +355,7 @@ def test_training_approaches_the_exact_consistency_function(ref_size):
 
 def test_references_lower_the_variance_of_the_target():
     """At the same x_t the target eps_hat of the exact mean does not vary at all; that of one reference does."""
-    data = common.Data(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), None, 0, None)
+    data = common.Data(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), torch.zeros(64), 0, None)
     x_t, t = torch.randn(8, 3, 4, 4) * 3, torch.full((8,), 3.0)
     index = torch.arange(8)
     hats = [sct.target(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0]
@@ -437,7 +436,7 @@ def test_sampling():
     assert one.shape == (12, 3, 8, 8) and one.abs().max() <= 1
     assert torch.equal(one, sct.sample(model, 12, seed=3)) and not torch.equal(one, sct.sample(model, 12, seed=4))
     z = common.randn((12, 3, 8, 8), 3, 0, 'sample')
-    net = common.network(model, 'fp32', torch.device('cpu'))
+    net = common.network(model, 'fp32')
     y = torch.arange(12) % 10
     first = sct.f(net, 80 * z, torch.full((12,), 80.0), y, 0.002)
     torch.testing.assert_close(one, first.clamp(-1, 1))
@@ -477,7 +476,7 @@ def settings(capsys, *flags):
 
 def test_where_training_starts(capsys, refused, tmp_path):
     """The published checkpoint for the published network, random weights for any other, and whatever --init names."""
-    assert settings(capsys, '--dataset', 'cifar10')['init'] == sct.EDM_URL
+    assert settings(capsys, '--dataset', 'cifar10')['init'] == unet.URLS['cifar10']
     assert 'edm2-img64-s' in settings(capsys, '--dataset', 'imagenet64')['init']
     for flags in (['--width', 16], ['--cond'], ['--pretrain-steps', 10], ['--init', 'none']):
         assert settings(capsys, '--dataset', 'cifar10', *flags)['init'] == 'none'
@@ -522,7 +521,7 @@ def test_noise_levels_are_float32_in_16_bit_networks(arch):
     for precision in ('fp32', 'bf16'):
         note = lambda module, x, out: outs.__setitem__(precision, out.float())
         hook = getattr(model, name).register_forward_hook(note)
-        net = common.network(model, precision, torch.device('cpu'))
+        net = common.network(model, precision)
         net(torch.zeros(2, 3, 8, 8), t.log() / 4, torch.tensor([0, 0]))
         hook.remove()
     assert torch.equal(outs['fp32'], outs['bf16']) and not torch.equal(*outs['fp32'])

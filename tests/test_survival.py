@@ -164,7 +164,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, capsys):
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert common.load_checkpoint(tmp_path)['step'] == 1
         assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.pt']
-    assert capsys.readouterr().out.count('training goes on') == 120
+    assert capsys.readouterr().out.count('the run goes on') == 120
 
 
 def test_a_benchmark_leaves_a_run_alone(script, monkeypatch):
@@ -207,7 +207,7 @@ def test_lines_of_the_log_that_a_full_disk_refuses_are_kept(tmp_path, monkeypatc
         log.write({'step': 3, 'loss': 1.5})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert lines(tmp_path) == [{'step': 1}] and 'training goes on' in capsys.readouterr().out
+    assert lines(tmp_path) == [{'step': 1}] and 'the run goes on' in capsys.readouterr().out
     log.write({'step': 4})
     assert [line['step'] for line in lines(tmp_path)] == [1, 2, 3, 4]
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+import unet
 import vct
 from conftest import SCRIPTS, TINY_NETWORK, Script, same
 
@@ -52,7 +53,7 @@ def levels(args, name, step):
     if args.base == 'ict':
         n = vct.num_levels(step, 400_000, args.s0, args.s1)
         assert n == VCT[f'{name}:num_timesteps']
-        sigmas, _ = vct.level_table(n, args.P_mean, args.P_std, torch.device('cpu'))
+        sigmas, _ = vct.level_table(n, args.P_mean, args.P_std)
         low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
         rounded = (low + torch.arange(n) / (n - 1) * (high - low)) ** 7     # in float32: costs gaps of 1281 levels 1e-4
         close(sigmas, rounded, rtol=1e-5, atol=0)
@@ -103,7 +104,7 @@ def model_of(net, encoder=None, **config):
 def test_sampler_is_the_published_one(kernel, coupling, monkeypatch):
     name = f'sample_{kernel}_{coupling}'
     monkeypatch.setattr(common, 'randn', lambda shape, seed, i, stream: tensor(f'{name}:{["z", "eps"][i]}').float())
-    monkeypatch.setattr(torch.Tensor, 'clamp', lambda x, low, high: x)              # theirs clips when it saves
+    monkeypatch.setattr(torch.Tensor, 'clamp', lambda x, *_, **__: x)               # theirs clips when it saves
     images = vct.sample(model_of(toy, toy_encoder if coupling == 'vae' else None, kernel=kernel), 4, nfe=2)
     close(images, VCT[f'{name}:out'])
 
@@ -159,10 +160,14 @@ def test_kl_is_the_closed_form():
 def test_distance_and_its_gradient_at_zero(form, c):
     u = torch.randn(3, 2, 2, 2, dtype=torch.float64)
     size = u.abs().flatten(1) if form == 'elementwise' else u.flatten(1).norm(dim=1, keepdim=True)
-    torch.testing.assert_close(vct.pseudo_huber(u, c, form), ((size ** 2 + c ** 2) ** 0.5 - c).sum(1))
-    zero = torch.zeros(2, 1, 2, 2, requires_grad=True)
-    vct.pseudo_huber(zero, c, form).sum().backward()
-    assert torch.equal(zero.grad, torch.zeros_like(zero))
+    x, t = torch.zeros(3, 2, 2, 2, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    c_out = 0.5 / (0.25 + 1) ** 0.5                                             # at x = 0 and t = 1, f is c_out F
+    student, teacher = (lambda x, c_noise, y: u / c_out), (lambda x, c_noise, y: torch.zeros_like(x))
+    distance = vct.loss(student, x, x, t, t / 2, teacher=teacher, c=c, huber=form)[1]
+    torch.testing.assert_close(distance, ((size ** 2 + c ** 2) ** 0.5 - c).sum(1))
+    scale = torch.zeros((), requires_grad=True)
+    vct.loss(lambda x, c_noise, y: scale + 0 * x, x, x, t, t / 2, teacher=teacher, c=c, huber=form)[1].sum().backward()
+    assert scale.grad == 0
 
 
 def test_loss_stops_the_teachers_gradient_and_seeds_both_masks_alike():
@@ -184,7 +189,7 @@ def test_optimal_transport_pairs_at_the_least_distance():
     from itertools import permutations
     x0, z = torch.randn(6, 1, 2, 2), torch.randn(6, 1, 2, 2)
     cost = lambda order: (x0[torch.as_tensor(order)] - 80 * z).square().sum().item()
-    assert cost(vct.optimal_transport(x0, z)) == pytest.approx(min(map(cost, permutations(range(6)))), rel=1e-6)
+    assert cost(common.optimal_transport(x0, z)) == pytest.approx(min(map(cost, permutations(range(6)))), rel=1e-6)
 
 
 @pytest.mark.parametrize('base, kernel', [('ict', 've'), ('ecm', 've'), ('ecm', 'li')])
@@ -207,7 +212,7 @@ def test_training_approaches_the_exact_consistency_function(base, kernel):
     for step in range(steps):
         x0, eps = (common.randn((512, 1, 1, 1), step, stream) for stream in 'xe')
         if base == 'ict':
-            table = vct.level_table(vct.num_levels(step, steps, 10, 160), 0.5, 2.0, torch.device('cpu'))
+            table = vct.level_table(vct.num_levels(step, steps, 10, 160), 0.5, 2.0)
             t, r = vct.level_pair(common.rand((512,), step, 't'), *table)
         else:
             t = vct.upper_level(common.randn((512,), step, 't'), 0.5, 2.0, kernel)
@@ -325,7 +330,7 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, base, kernel, coupling):
         step = done + 1
         index, z = common.batch_indices(200, 64, step, 0), common.randn((64, 3, 8, 8), 0, step, 'noise')
         images = common.normalise(data.images[index])
-        order = vct.optimal_transport(images, z) if coupling == 'ot' else torch.arange(64)
+        order = common.optimal_transport(images, z) if coupling == 'ot' else torch.arange(64)
         assert torch.equal(x0, images[order]) and torch.equal(y, data.labels[index][order])
         assert eps.requires_grad if coupling == 'vc' else torch.equal(eps, z)   # its gradient reaches the encoder
         if base == 'ict':
@@ -411,8 +416,8 @@ def test_in_pretraining_the_noise_is_independent_and_the_encoder_becomes_so(monk
 def test_labels_reach_network_and_encoder(monkeypatch):
     seen, plain = [], common.network
 
-    def network(net, precision, device):
-        call = plain(net, precision, device)
+    def network(net, precision):
+        call = plain(net, precision)
         return lambda x, c, y=None: (seen.append((net.dec['8x8_aux_conv'].weight.shape[0], y)), call(x, c, y))[1]
     monkeypatch.setattr(common, 'network', network)
     assert run(*TINY, '--steps', 1) == 0
@@ -438,7 +443,7 @@ def test_sampling_and_loading_from_every_source(kernel):
     assert not torch.equal(vct.sample(model, 12, nfe=2, labels=[7], seed=3), images[0])
 
     z, y, device = common.randn((12, 3, 8, 8), 3, 0, 'sample'), torch.arange(12) % 10, torch.device('cpu')
-    net, encoder = (common.network(part, 'fp32', device) for part in (model, model.encoder))
+    net, encoder = (common.network(part, 'fp32') for part in (model, model.encoder))
     first = vct.f(net, 80 * z, torch.full((12,), 80.0), y, 0.002, kernel)
     torch.testing.assert_close(vct.sample(model, 12, seed=3), first.clamp(-1, 1))
     mu, std = vct.encode(encoder, first, y)
@@ -465,7 +470,7 @@ def test_where_training_starts(capsys):
         assert run(*flags, '--dry-run') == 0
         return json.loads(capsys.readouterr().out)
     assert settings('--dataset', 'cifar10')['init'] == settings()['init'] == 'none'
-    assert settings('--dataset', 'cifar10', '--base', 'ecm')['init'] == vct.EDM_URL
+    assert settings('--dataset', 'cifar10', '--base', 'ecm')['init'] == unet.URLS['cifar10']
     assert 'edm2-img64-s' in settings('--dataset', 'imagenet64')['init']
     assert run(*TINY) == 0
     for coupling in ('vc', 'independent'):
@@ -512,14 +517,28 @@ def test_analyse_needs_an_encoder(refused):
     refused(vct, '--analyse runs/vct-shapes', 'no encoder')
 
 
-def test_diagnostics_are_means_and_variances_over_the_noise():
-    x0, draws = torch.randn(5, 1, 2, 2), [torch.randn(5, 1, 2, 2) for _ in range(6)]
-    encoder = lambda x, c, y=None: torch.cat([x, torch.full_like(x, -200.0)], 1)                # std 0: no variance
-    found = vct.diagnostics(toy, encoder, x0, None, [1.0, 3.0], [0.5, 2.0], draws, kernel='li')
-    t, r = torch.full((5,), 3.0), torch.full((5,), 2.0)
-    losses = torch.stack([vct.loss(toy, x0, n, t, r, kernel='li')[0] for n in draws])
-    close(found['independent'][1], (losses.mean(), losses.var(0).mean()))
-    assert [variance for _, variance in found['emitted']] == [0, 0] and found['independent'][0][1] > 0
+@pytest.mark.parametrize('base', ['ict', 'ecm'])
+def test_analyse_prints_means_and_variances_over_the_noise(base, capsys):
+    """Of the pairs of levels at the end of training, computed here once more."""
+    assert run(*TINY, '--base', base, '--s1', 20, '--stages', 3, '--steps', 12) == 0
+    model = vct.load('runs/vct-shapes')
+    capsys.readouterr()
+    assert run('--analyse', 'runs/vct-shapes') == 0
+    table = np.array([line.split() for line in capsys.readouterr().out.splitlines()[-10:-1]], float)
+    data, index = common.shapes(resolution=8), common.batch_indices(200, 64, 0, 0)
+    x0, y = common.normalise(data.images[index]), data.labels[index]
+    net, encoder = common.network(model, 'fp32'), common.network(model.encoder, 'fp32')
+    high = vct.rho_levels(20)[1::2] + [80.0] if base == 'ict' else vct.rho_levels(9)[1:]
+    for t in (high[-1], high[-2] if base == 'ecm' else vct.rho_levels(20)[18]):
+        row, = [row for row in table if abs(row[0] / t - 1) < 1e-3]
+        low = vct.rho_levels(20)[vct.rho_levels(20).index(t) - 1] if base == 'ict' else vct.lower_level(
+            torch.tensor(t), 2).item()
+        levels = torch.full((64,), t), torch.full((64,), low)
+        draws = [common.randn(x0.shape, 0, i, 'analyse') for i in range(8)]
+        args = argparse.Namespace(**model.config)
+        for column, noise in ((1, [vct.emit(encoder, x0, n, y)[0] for n in draws]), (2, draws)):
+            losses = torch.stack([vct.loss(net, x0, eps, *levels, y, **vct.loss_settings(args))[0] for eps in noise])
+            close(row[[column, column + 2]], (losses.mean().item(), losses.var(0).mean().item()), rtol=2e-3)
 
 
 # Fashion-MNIST
@@ -553,8 +572,8 @@ def test_fmnist_is_downloaded_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(common, 'FMNIST_URL', (tmp_path / 'served').as_uri())
     with pytest.raises(common.UserError, match='train-images-idx3-ubyte.gz has md5'):
         common.fmnist(tmp_path / 'a')
-    assert not list((tmp_path / 'a/fashion-mnist').iterdir())
-    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in (tmp_path / 'served').iterdir()}
+    assert not (tmp_path / 'a').exists()
+    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted((tmp_path / 'served').iterdir())}
     monkeypatch.setattr(common, 'FMNIST_MD5', md5)
     assert len(common.fmnist(tmp_path / 'a').images) == 30
     assert sorted(path.name for path in (tmp_path / 'a/fashion-mnist').iterdir()) == sorted(md5)
@@ -565,14 +584,12 @@ def test_fmnist_that_is_damaged_or_not_to_be_had(tmp_path, monkeypatch):
     with pytest.raises(common.UserError, match='could not be downloaded'):
         common.fmnist(tmp_path / 'a')
     good = idx(np.zeros((30, 28, 28)))
-    for images, labels, message in [
-            (good[:-1], None, 'cut short'), (good + b'x', None, 'cut short'),
-            (b'', None, 'no idx file'), (b'PNG' + good, None, 'no idx file'),
-            (idx(np.zeros((30, 28))), None, 'no idx file'), (good, np.zeros(29), 'not Fashion-MNIST'),
-            (good, np.full(30, 10), 'not Fashion-MNIST'), (idx(np.zeros((30, 27, 28))), None, 'not Fashion-MNIST'),
-            (idx(np.zeros((0, 28, 28))), np.zeros(0), 'not Fashion-MNIST')]:
+    for images, labels in [
+            (good[:-1], None), (good + b'x', None), (b'', None), (b'PNG' + good, None), (good, b''), (good, b'x' * 38),
+            (idx(np.zeros((30, 28))), None), (good, np.zeros(29)), (good, np.full(30, 10)),
+            (idx(np.zeros((30, 27, 28))), None), (idx(np.zeros((0, 28, 28))), np.zeros(0))]:
         fashion(tmp_path / 'c', images, labels)
-        with pytest.raises(common.UserError, match=message):
+        with pytest.raises(common.UserError, match='c is not Fashion-MNIST: damaged or cut short'):
             common.fmnist(tmp_path / 'c')
     fashion(tmp_path / 'd', pack=True)
     packed = tmp_path / 'd/train-images-idx3-ubyte.gz'
@@ -584,7 +601,6 @@ def test_fmnist_that_is_damaged_or_not_to_be_had(tmp_path, monkeypatch):
 
 def test_grey_pictures_train_sample_and_score(tmp_path, capsys, monkeypatch):
     fashion(tmp_path / 'data')
-    monkeypatch.setattr(vct, 'diagnostics', lambda *_, **__: {})
     grey = ['--dataset', 'fmnist', *TINY_NETWORK, *SCRIPTS['vct'], '--batch', 8, '--steps', 4, '--sample-every', 4,
             '--eval-every', 4, '--fid-num', 10, '--fid-features', 'pixels']
     assert run(*grey) == 0
@@ -598,8 +614,6 @@ def test_grey_pictures_train_sample_and_score(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.assets
 def test_real_fashion_mnist(real):
-    root = real('fashion-mnist').parent
-    for split, n in (('train', 60_000), ('test', 10_000)):
-        data = common.fmnist(root, split)
-        assert data.images.shape == (n, 1, 28, 28) and data.labels.bincount().tolist() == [n // 10] * 10
-    assert data.labels[:5].tolist() == [9, 2, 1, 1, 6]      # of the test set: boot, pullover, trousers twice, shirt
+    data = common.fmnist(real('fashion-mnist').parent)
+    assert data.images.shape == (60_000, 1, 28, 28) and data.labels.bincount().tolist() == [6000] * 10
+    assert data.labels[:5].tolist() == [9, 0, 0, 3, 0]      # boot, T-shirt twice, dress, T-shirt
