@@ -958,7 +958,7 @@ def save_final(args, model, name='final'):
     if rank() or args.benchmark:
         return
     network, path = model.state_dict(), Path(args.out) / f'{name}.pt'
-    encoder = {key: network.pop(key) for key in list(network) if key.startswith('encoder.')}
+    encoder = {key.removeprefix('encoder.'): network.pop(key) for key in list(network) if key.startswith('encoder.')}
     with or_refuse(f'{path} could not be written (make room, then --resume)', 1) if name == 'final' else or_go_on(path):
         write_atomic(path, lambda file: torch.save(network, file))
         if encoder:
@@ -1016,7 +1016,8 @@ def load_network(path, make_network, device='cpu'):
     model, weights = make_network(argparse.Namespace(**state['config'])), state['ema']
     if hasattr(model, 'encoder') and not any(key.startswith('encoder.') for key in weights):    # as save_final puts it
         path = path / 'final.pt' if path.is_dir() else path
-        weights = weights | load_checkpoint(path.with_stem(f'{path.stem}-encoder'))['ema']
+        encoder = load_checkpoint(path.with_stem(f'{path.stem}-encoder'))['ema']
+        weights = weights | {f'encoder.{key}': value for key, value in encoder.items()}
     restore(model, weights, path)
     model.config = state['config']
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -1127,18 +1128,14 @@ class Log:
         if rank() or self.args.benchmark:
             return
         self.unwritten += [json.dumps(line) + '\n' for line in lines]
-        size = self.path.stat().st_size if self.path.exists() else 0
         data = ''.join(self.unwritten).encode()
-        try:
+        with or_go_on(self.path) if len(self.unwritten) == len(lines) else contextlib.suppress(OSError):    # told once
             with open(self.path, 'ab', buffering=0) as file:
+                size = file.tell()
                 if file.write(data) < len(data):
+                    file.truncate(size)
                     raise OSError('no space left')
             self.unwritten = []
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            if len(self.unwritten) == len(lines):               # told once
-                say(f'{self.path} could not be written ({error.strerror or error}); the run goes on')
 
     def evaluated(self, step, distances):
         """Notes Fréchet distances {name: value}, all of the same model. -> whether the first is the best of the run"""

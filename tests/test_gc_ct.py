@@ -457,7 +457,7 @@ def test_wrong_flags_of_gc(refused):
     refused(gc_ct, '--mu 1.5', '--mu')
     refused(gc_ct, '--schedule ect --q 1e300', '--q 1e+300', 'float32')
     refused(gc_ct, '--s0 20 --s1 10', '--s1 10', '--s0 20')
-    refused(gc_ct, '--blocks 1,2', 'num_blocks', '2 entries for 3 resolutions')
+    refused(gc_ct, '--blocks 1,2', 'num_blocks [1, 2]', 'one each of 3')
     refused(gc_ct, '--coupling none', '--coupling')
     assert run(*TINY) == 0
     refused(gc_ct, '--resume --mu 0.7', '--mu is 0.7', 'made with 0.3')
