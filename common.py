@@ -264,7 +264,7 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch'):
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))             # is SciPy there?
     if vars(args).get('s1', math.inf) < vars(args).get('s0', 0):
         raise UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
-    if vars(args).get('q') and (args.stages + 1) * math.log(args.q) > math.log(1e6):
+    if args.q and args.stages and (args.stages + 1) * math.log(args.q) > math.log(1e6):
         raise UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     return args
 

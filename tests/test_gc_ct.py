@@ -457,6 +457,7 @@ def test_wrong_flags_of_gc(refused):
     refused(gc_ct, '--mu 1.5', '--mu')
     refused(gc_ct, '--schedule ect --q 1e300', '--q 1e+300', 'float32')
     refused(gc_ct, '--s0 20 --s1 10', '--s1 10', '--s0 20')
+    assert run('--q', 2, '--dry-run') == 0                  # of no use with iCT's levels, and no harm
     refused(gc_ct, '--blocks 1,2', 'num_blocks [1, 2]', 'one each of 3')
     refused(gc_ct, '--coupling none', '--coupling')
     assert run(*TINY) == 0
