@@ -15,7 +15,7 @@ probability mu a sample's image is replaced by the end of the path that the mode
     x_hat = stopgrad f_EMA(x0 + r z, r),           x_t = x_hat + t z,   x_r = x_hat + r z
 
 and the loss is the same. By the paper such pairs lie nearer to each other, and their direction nearer to the ODE's,
-which --analyse measures. `--coupling ot` pairs images and noise within each batch at the least total distance instead
+which `--analyse` measures. `--coupling ot` pairs images and noise within each batch at the least total distance instead
 (Pooladian et al. 2023, arXiv 2304.14772).
 
     python gc_ct.py                                               # ten shapes, some five minutes on two CPU cores
@@ -25,13 +25,14 @@ which --analyse measures. `--coupling ot` pairs images and noise within each bat
     python gc_ct.py --analyse runs/gc_ct-shapes                   # transport cost and regulariser of the couplings
 
 Where the paper leaves a choice, and where we deviate from it or from the published code:
- 1. `--mu` is the share of generated endpoints, as in the paper. The published code's mixing number counts the others.
+ 1. `--mu` is the share of generated endpoints (published code: of the others), made for those samples alone.
  2. `--coupling ot` assigns within the global minibatch whatever the labels: a class's noise is not quite N(0, I).
- 3. Dropout is 0 with generated endpoints and 0.3 without, where a preset has none (CIFAR-10 with ect: 0.2, ECT's).
+ 3. Dropout is 0 with generated endpoints and 0.3 without, where a preset leaves it open (CIFAR-10 with ect: 0.2).
  4. With `--schedule ect` the optimiser is ECT's RAdam, the boundary m = 0 in training (a diffusion model is a valid
-    start), and the moving average GC's: every 5 steps, rising to `--ema`, which 0.9999 takes a million updates.
+    start), and sigma_min in sampling. The moving average is GC's: every 5 steps, its decay rising to `--ema`; 0.9999
+    is reached after a million steps only.
  5. `--cond` (labels for network and endpoints) is ours; the paper is unconditional.
- 6. The regulariser in --analyse has the ODE's exact direction over the training set (50,000 images at most).
+ 6. The regulariser in `--analyse` has the ODE's exact direction over the training set (50,000 images at most).
  7. `--pretrain-steps` trains the diffusion model that tuning starts from, with the mean over pixels for a loss.
  8. Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. No flips in training.
 """
@@ -80,7 +81,7 @@ PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
 PRESETS['folder', 'ect'] = PRESETS['cifar10', 'ect'] | dict(resolution=None, checkpoint=None)
 
 
-# 2. Noise levels
+# 2. Noise levels: the pair t > r of a sample
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 
@@ -133,19 +134,14 @@ def f(net, x, t, y=None, m=0.0):
     c_skip = s ** 2 / ((t4 - m) ** 2 + s ** 2)
     c_out = s * (t4 - m) / (s ** 2 + t4 ** 2).sqrt()
     c_in = 1 / (s ** 2 + t4 ** 2).sqrt()
-    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # t = 0 where m = 0: f is x
-
-
-def ema_decay(step, limit):
-    """Decay of the moving average after training step 0, 1, ...: it copies at first, then averages ever longer."""
-    return min(max(1 - (1 + step) ** (-2 / 3), 0.0), limit)
+    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # at t = 0, c_out is 0: f is x
 
 
 # 4. Coupling: which image goes with which noise
 
 @torch.no_grad()
 def generator_coupling(net, x0, z, r, y, chosen, m=0.0):
-    """x_hat = stopgrad f(x0 + r z, r) where `chosen`, else x0 (the paper's Alg. 1). At r = m both are the same.
+    """x_hat = stopgrad f(x0 + r z, r) where `chosen`, else x0 (the paper's Alg. 1). At r = m = 0 both are the same.
 
     net: the endpoint network; x0, z (B, C, H, W); r (B,), the lower level of each pair; chosen (B,) bool, on the host:
     no wait for the device. -> (B, C, H, W)
@@ -153,14 +149,14 @@ def generator_coupling(net, x0, z, r, y, chosen, m=0.0):
     i = chosen.nonzero()[:, 0]
     if not len(i):
         return x0
-    if x0.is_cuda:          # cuDNN tunes itself for every number of images: let there be few, some endpoints made twice
+    if x0.is_cuda:          # cuDNN tunes itself anew for each batch size: round up to 16s, repeating an endpoint
         i = torch.cat([i, i[:1].expand(-len(i) % 16)])
     i = i.to(x0.device, non_blocking=True)
     x_r = x0[i] + r[i, None, None, None] * z[i]
     return x0.index_copy(0, i, f(net, x_r, r[i], None if y is None else y[i], m))
 
 
-# 5. Loss
+# 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
 def loss(net, x0, z, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0):
     """Consistency loss of each sample, at x0 + t z and x0 + r z (iCT Eq. 7; with ECT r may be 0 = m). -> (B,)
@@ -170,7 +166,7 @@ def loss(net, x0, z, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0):
     r4, t4 = r[:, None, None, None], t[:, None, None, None]
     torch.manual_seed(mask)
     student = f(net, x0 + t4 * z, t, y, m)
-    with torch.no_grad():                                                       # stopgrad
+    with torch.no_grad():                                                       # stop-gradient
         torch.manual_seed(mask)
         target = f(teacher or net, x0 + r4 * z, r, y, m)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
@@ -213,6 +209,11 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 
 
 # 7. Training
+
+def ema_warmup(step, limit):
+    """Decay of the moving average after training step 0, 1, ...: it copies at first, then averages ever longer."""
+    return min(max(1 - (1 + step) ** (-2 / 3), 0.0), limit)
+
 
 class Lion(torch.optim.Optimizer):
     """Lion without weight decay (Chen et al. 2023, arXiv 2302.06675, Alg. 2): steps of lr along the momentum's sign."""
@@ -258,19 +259,20 @@ def train(args):
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws. Made for the global batch, so that any number of processes trains on the same ones.
+        # Draws: t, r and noise, of the global batch, so that any number of processes trains on the same ones.
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)
         z_all = normal('noise', *x_all.shape[1:])
         pretraining = step < args.pretrain_steps
         done, total_steps = step - args.pretrain_steps * (not pretraining), args.steps - args.pretrain_steps
         if pretraining:
-            t = r = upper_level(normal('level'), -1.2, 1.2)[mine]               # EDM Table 1, as its weight
+            t = r = upper_level(normal('level'), -1.2, 1.2)[mine]               # EDM Table 1 for the diffusion model
         elif args.schedule == 'ict':
             table = level_table(num_levels(done, total_steps, args.s0, args.s1), args.P_mean, args.P_std, device)
             t, r = level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device)[mine], *table)
         else:
             t = upper_level(normal('level'), args.P_mean, args.P_std)[mine]
-            r = lower_level(t, min(done * args.stages // max(total_steps, 1), args.stages - 1), args.q, args.k, args.b)
+            stage = min(done * args.stages // max(total_steps, 1), args.stages - 1)
+            r = lower_level(t, stage, args.q, args.k, args.b)
         clock('data')
 
         # Coupling.
@@ -285,7 +287,7 @@ def train(args):
         # Loss and gradient.
         total = torch.zeros((), device=device)
         for part, mask in common.microbatches(wrapped, args, step):
-            torch.manual_seed(mask)
+            torch.manual_seed(mask)                                             # the dropout of an online endpoint
             x_hat = generator_coupling(endpoint, x0[part], z[part], r[part], y[part], chosen[part], m)
             if pretraining:
                 value = denoising_loss(student, x0[part], z[part], t[part], y[part], mask)
@@ -303,7 +305,7 @@ def train(args):
         optimizer.zero_grad()
         clock('optimiser')
         if done % args.ema_every == 0:
-            common.update_ema(ema, net, ema_decay(done, args.ema))
+            common.update_ema(ema, net, ema_warmup(done, args.ema))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if common.keep(args, step + 1, log, evaluate, draw, net=net, ema=ema, optimizer=optimizer):
@@ -318,19 +320,19 @@ def diagnostics(net, x0, z, y, images, labels, sigma, m=SIGMA_MIN, order=None):
     """Of each coupling at the level sigma, means over the batch and an image's numbers. -> {name: (cost, proxy)}
 
     cost: |x - z|² of the pairs (x, z), the transport cost. proxy: |z - v(x_t)|² at x_t = x + sigma z, how far the
-    direction of training is from the ODE's, v = (x_t - E[x0 | x_t]) / sigma, which distillation follows; the term that
-    separates the two grows with it. The posterior is over `images` (N, C, H, W). order: of `optimal_transport`.
+    direction of training is from the ODE's, v = (x_t - E[x0 | x_t]) / sigma: the gap between consistency training and
+    distillation grows with it. The posterior is over `images` (N, C, H, W). order: of `optimal_transport`.
     """
     t, everyone = torch.full_like(x0[:, 0, 0, 0], sigma), torch.ones(len(x0), dtype=torch.bool)
     pairs = {'IC': (x0, y), 'GC': (generator_coupling(net, x0, z, t, y, everyone, m), y)}
     if order is not None:
         pairs['OT'] = x0[order], y[order]
-    c, results = images.flatten(1), {}
+    flat, results = images.flatten(1), {}
     for name, (x, y) in pairs.items():
         x_t = x + sigma * z
         with common.true_float32():
-            logits = (x_t.flatten(1) @ c.T - c.square().sum(1) / 2) / sigma ** 2        # -|x_t - x0|² / (2 sigma²)
-            mean = logits.masked_fill(y[:, None] != labels, -torch.inf).softmax(1) @ c  # E[x0 | x_t]
+            logits = (x_t.flatten(1) @ flat.T - flat.square().sum(1) / 2) / sigma ** 2      # -|x_t - x0|² / (2 sigma²)
+            mean = logits.masked_fill(y[:, None] != labels, -torch.inf).softmax(1) @ flat   # E[x0 | x_t]
         v = (x_t - mean.view_as(x)) / sigma
         results[name] = (x - z).square().mean().item(), (z - v).square().mean().item()
     return results

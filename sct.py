@@ -5,7 +5,7 @@ probability flow ODE through x_t ends. Easy Consistency Tuning (ECT, Geng et al.
 asking that two points of one path agree, while the levels t > r of the two draw ever nearer:
 
     x_t = x0 + t eps,   x_r = x0 + r eps,   eps ~ N(0, I),   ln t ~ N(P_mean, P_std²)
-    loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   and f(x_0, 0) = x0 where r = 0
+    loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   w = 1 / (t - r) or EDM's,   and f(x, 0) = x
 
 The step from x_t to x_r follows -eps, a one-sample estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t. It is
 right on average, and its variance makes training slow and unstable. SCT takes the average over references
@@ -14,9 +14,10 @@ x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1; the estimator of Xu et al. 
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat        and the target is x0_hat where r = 0
 
-Besides, the gap between t and r shrinks smoothly instead of in ECT's steps [--schedule]; the noise levels may be cut
-into phases with a boundary condition each, for a model that samples in a few deterministic steps [--phases, --edges],
-which land just below an edge [--eta, edge-skipping]; and a worse model of the run guides a better one [--guide].
+Besides, the gap between t and r shrinks smoothly instead of in ECT's stages (`--schedule`); the noise levels may be cut
+into phases with a boundary condition each, for a model that samples in a few deterministic steps (`--phases`,
+`--edges`), which land just below an edge (edge-skipping, `--eta`); and an earlier average of the run, which is worse,
+guides the last (`--keep-ema`, `--guide`).
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
@@ -24,12 +25,13 @@ which land just below an edge [--eta, edge-skipping]; and a worse model of the r
 
 Where the paper leaves a choice, and where we deviate from it:
  1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
- 2. `--ref-size all` takes the whole training set, so its exact score: beyond the paper, and the default of `shapes`.
+ 2. `--ref-size all` takes the whole training set, hence its exact score: beyond the paper, the default of `shapes`.
  3. With labels (`--cond`) an image's references are those of its label among the batch or N, which may leave it alone
     (ImageNet, batch 128: 88 % of the samples); `all` has them all.
  4. `--schedule smooth` lets ECT's stage grow continuously, to one beyond ECT's last: our reading of "smoother".
  5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
-    t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, from Phased Consistency Models.
+    t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, after Phased Consistency Models
+    (Wang et al. 2024, arXiv 2405.18407). Edge-skipping lands at eta times an edge; guidance is by an earlier average.
  6. `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels and weight, drawn to
     the posterior mean as well, and with the mean over pixels for a loss.
  7. The boundary is m = 0 in training, so that a diffusion model is a valid start, and sigma_min in sampling.
@@ -55,7 +57,7 @@ ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
     stages=8, schedule='smooth',    # q^-1 ... q^-8 with ect, q^-1 to q^-9 with smooth: how the gap shrinks over the run
     phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
-    c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c, weight 1 / (t - r)
+    c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), or with 'edm' EDM's lambda(t)
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False,
     save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
@@ -77,7 +79,7 @@ for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), 
         betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000)
 
 
-# 2. Noise levels
+# 2. Noise levels: the pair t > r of a sample
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 
@@ -125,10 +127,10 @@ def f(net, x, t, y=None, m=0.0):
     c_skip = s ** 2 / ((t4 - m) ** 2 + s ** 2)
     c_out = s * (t4 - m) / (s ** 2 + t4 ** 2).sqrt()
     c_in = 1 / (s ** 2 + t4 ** 2).sqrt()
-    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # t = 0 where m = 0: f is x
+    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # at t = 0, c_out is 0: f is x
 
 
-# 4. The target: where the step from t to r begins and leads
+# 4. Variance reduction (SCT Sec. 4.1): x0_hat and eps_hat, which make x_r and with it the target
 
 CHUNK = 2 ** 23         # how many numbers of the references are float32 at a time: 32 MiB
 
@@ -144,14 +146,14 @@ def posterior_mean(x_t, t, chunks):
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
     with common.true_float32():
         for refs, allowed in chunks:
-            c = (common.normalise(refs) if refs.dtype == torch.uint8 else refs).flatten(1)  # (n, D)
-            logits = (x @ c.T - c.square().sum(1) / 2) / t ** 2                     # |x|² is the same for all i
+            x0 = (common.normalise(refs) if refs.dtype == torch.uint8 else refs).flatten(1)     # (n, D)
+            logits = (x @ x0.T - x0.square().sum(1) / 2) / t ** 2                   # |x|² is the same for all i
             if allowed is not None:
                 logits = logits.masked_fill(~allowed, -torch.inf)
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             weights, shrink = (logits - new_top).exp(), (top - new_top).exp()               # (B, n), (B, 1)
             total = total * shrink + weights.sum(1, keepdim=True)
-            mean, top = mean * shrink + weights @ c, new_top
+            mean, top = mean * shrink + weights @ x0, new_top
     return (mean / total).view_as(x_t)
 
 
@@ -177,32 +179,32 @@ def references(data, ref_size, index, mine, x_all, y_all, choose):
         yield x_all[mine], torch.eye(len(x_all[mine]), dtype=torch.bool, device=device)     # each sample's own
 
 
-def target(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, choose):
-    """x0_hat and eps_hat = (x_t - x0_hat) / t for this process's x_t (b, C, H, W), t (b,); the rest as above."""
+def variance_reduced(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, choose):
+    """x0_hat and eps_hat = (x_t - x0_hat) / t of this process's x_t (b, C, H, W), t (b,); rest as for `references`."""
     if ref_size == '1':
         return x_all[mine], eps                             # x0 alone: ECT, without a rounding on the way back to eps
     x0_hat = posterior_mean(x_t, t, references(data, ref_size, index, mine, x_all, y_all, choose))
     return x0_hat, (x_t - x0_hat) / t[:, None, None, None]
 
 
-# 5. Loss
+# 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
 def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weighting='gap', c=0.0, s=None):
     """Consistency loss of each sample (that of ECT, with the target of SCT). -> (B,)
 
     The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat; with phases, the points that
     both predict for the lower edge s (B,) of t's phase are compared. Where r = s that point is x_r: x0_hat if s = 0.
-    `mask` seeds the dropout: both drop the same units, so that their difference is not that of two masks.
+    `mask` seeds the dropout: both networks drop the same units, so that their difference is not that of two masks.
     """
     r4, t4 = r[:, None, None, None], t[:, None, None, None]
     s4 = torch.zeros_like(t4) if s is None else s[:, None, None, None]
     x_r = x0_hat + r4 * eps_hat
     torch.manual_seed(mask)
     student = at_level(f(net, x_t, t, y), x_t, t4, s4)
-    with torch.no_grad():                                                       # stopgrad
+    with torch.no_grad():                                                       # stop-gradient
         torch.manual_seed(mask)
-        goal = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
-    norm = torch.linalg.vector_norm((student - goal).flatten(1), dim=1)             # |u|; its gradient at 0 is 0
+        target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
+    norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
     return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
 
@@ -213,13 +215,16 @@ def at_level(x0_hat, x_t, t, s):
 
 
 def denoising_loss(net, x_t, t, x0_hat, y=None, mask=0):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), drawn to SCT's posterior mean. -> (B,)"""
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels. -> (B,)
+
+    Its target is the posterior mean, too.
+    """
     torch.manual_seed(mask)
-    return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)     # EDM: the sum
+    return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)
 
 
 def edm_weight(t):
-    """lambda(t) = (t² + s²) / (t s)² (EDM Table 1). (B,) -> (B,)"""
+    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Table 1). (B,) -> (B,)"""
     return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
@@ -236,7 +241,7 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
     `guide`: a worse model, evaluated as often, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
     """
     config, images = model.config, []
-    net, bad = (common.network(m, config['precision']) for m in (model, guide or model))
+    net, bad = (common.network(one, config['precision']) for one in (model, guide or model))
     edges = phase_edges(config['phases'], config['edges'])
     levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
     if len(edges) > 2:
@@ -274,7 +279,7 @@ def train(args):
 
     net = initial_network(args, device, tunes=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # few calls
+    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # fused
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped, clock, log = common.distributed(net, args), common.Clock(args, device), common.Log(args, start, device)
     student, teacher = clock.watch(wrapped, 'student'), clock.watch(net, 'teacher')
@@ -288,9 +293,9 @@ def train(args):
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws. Made for the global batch, so that any number of processes trains on the same ones.
-        named = common.generator(args.seed, step, 'references')
-        choose = lambda n: torch.randint(len(data.images), (n,), generator=named)
+        # Draws: t, r and noise, of the global batch, so that any number of processes trains on the same ones.
+        generator = common.generator(args.seed, step, 'references')
+        choose = lambda n: torch.randint(len(data.images), (n,), generator=generator)
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)[mine]
         x0, y = x_all[mine], y_all[mine]
         pretraining = step < args.pretrain_steps
@@ -303,9 +308,9 @@ def train(args):
         eps = normal('noise', *x0.shape[1:])
         clock('data')
 
-        # Target.
+        # Variance reduction.
         x_t = x0 + t[:, None, None, None] * eps
-        x0_hat, eps_hat = target(data, args.ref_size, index, mine, x_all, y_all, x_t, t, eps, choose)
+        x0_hat, eps_hat = variance_reduced(data, args.ref_size, index, mine, x_all, y_all, x_t, t, eps, choose)
         clock('reference mean')
 
         # Loss and gradient.

@@ -5,7 +5,7 @@ A consistency function f(x_t, t) maps a noisy image, at any noise level t, strai
 probability flow ODE through x_t ends. Consistency training asks that neighbours on one path agree, at levels r < t:
 
     x_t = x0 + t eps  (--kernel ve)   or   x_t = (1 - t/sigma_max) x0 + t eps  (--kernel li)
-    loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   and f(x, m) = x
+    loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   w = 1 / (t - r) or EDM's,   and f(x, m) = x
 
 The image x0 and the noise eps are drawn independently (`--coupling independent`), so that the paths of different pairs
 cross and the direction of each is only on average that of the ODE. Here a small encoder, trained with f, learns which
@@ -27,13 +27,13 @@ scratch (`--base ict`, Song & Dhariwal 2023, arXiv 2310.14189), or of Easy Consi
     python vct.py --analyse runs/vct-shapes                       # the emitted noise, and its effect on the loss
 
 Where the paper leaves a choice, and where we deviate from it or from the published code:
- 1. With ict the distance is of every number, as in the published code, which beta 30 belongs to; iCT: of the vector.
+ 1. With ict, pseudo-Huber is of every number, as in the published code, where beta is 30; iCT's is of the vector.
  2. The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling.
  3. The encoder has the network's multipliers and attention, 32 channels at multiplier 1, and no dropout: our reading.
  4. `--pretrain-steps` first trains ECM's diffusion model on independent noise, and the encoder with the KL term alone.
  5. When sampling, the encoder emits the noise of every step after the first, as the published code of the second.
  6. `--coupling ot` assigns within the global minibatch whatever the labels: a class's noise is not quite N(0, I).
- 7. `vc` clips the gradient at 200 and the others do not, as in the published code; it alone can make the difference.
+ 7. `vc` clips the gradient at 200 and the others do not, as in the published code; that alone may tell them apart.
  8. Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. No flips in training.
 """
 import argparse
@@ -82,7 +82,7 @@ for name, base, both, ict, ecm in [     # data set, usual base, settings of both
     PRESETS[name] = PRESETS[name, base]
 
 
-# 2. Noise levels
+# 2. Noise levels: the pair t > r of a sample
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 
@@ -132,11 +132,11 @@ def f(net, x, t, y=None, m=0.0, kernel='ve'):
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
     s, t4 = SIGMA_DATA, t[:, None, None, None]
-    a, b = (1.0, 1.0) if kernel == 've' else (1 - t4 / SIGMA_MAX, 1 - (t4 - m) / (SIGMA_MAX - m))   # the share of x0
+    a, b = (1.0, 1.0) if kernel == 've' else (1 - t4 / SIGMA_MAX, 1 - (t4 - m) / (SIGMA_MAX - m))   # x0's share, m in b
     c_skip = s ** 2 * b / ((t4 - m) ** 2 + s ** 2 * b ** 2)
     c_out = s * (t4 - m) / (s ** 2 * a ** 2 + t4 ** 2).sqrt()
     c_in = 1 / (s ** 2 * a ** 2 + t4 ** 2).sqrt()
-    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # t = 0 where m = 0: f is x
+    return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # at t = 0, c_out is 0: f is x
 
 
 def add_encoder(net, args):
@@ -150,7 +150,7 @@ def add_encoder(net, args):
 # 4. Coupling: which noise goes with which image
 
 def path(x0, eps, t, kernel='ve'):
-    """x_t, on the way from image to noise. x0, eps (B, C, H, W), t (B,) -> (B, C, H, W)"""
+    """x_t of the kernel: x0 + t eps, or with `li` (1 - t/sigma_max) x0 + t eps. (B, C, H, W), t (B,) -> (B, C, H, W)"""
     t4 = t[:, None, None, None]
     return (x0 if kernel == 've' else (1 - t4 / SIGMA_MAX) * x0) + t4 * eps
 
@@ -167,23 +167,23 @@ def kl_divergence(mu, std):
 
 
 def emit(encoder, x0, n, y=None):
-    """eps = mu + std n for n ~ N(0, I) like x0, and its KL divergence (B,). No encoder: independent noise, n."""
+    """eps = mu + std n (reparameterisation), n ~ N(0, I) like x0, and its KL divergence (B,). No encoder: eps = n."""
     if encoder is None:
         return n, n.new_zeros(len(n))
     mu, std = encode(encoder, x0, y)
     return mu + std * n, kl_divergence(mu, std).flatten(1).sum(1)
 
 
-# 5. Loss
+# 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
 def loss(net, x0, eps, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0, kernel='ve', huber='vector', weighting='gap'):
-    """Consistency loss of each sample (iCT Eq. 7; with ECM r may be 0 = m), and its distance alone. -> (B,), (B,)
+    """Consistency loss of each sample (iCT Eq. 7; with ECM r may be 0 = m), and its unweighted distance. -> (B,), (B,)
 
     `mask` seeds the dropout: both networks drop the same units, so that their difference is not that of two masks.
     """
     torch.manual_seed(mask)
     student = f(net, path(x0, eps, t, kernel), t, y, m, kernel)
-    with torch.no_grad():                                                       # stopgrad
+    with torch.no_grad():                                                       # stop-gradient
         torch.manual_seed(mask)
         target = f(teacher or net, path(x0, eps, r, kernel), r, y, m, kernel)
     u = (student - target).flatten(1)                               # the norm's gradient at 0 is 0
@@ -199,7 +199,7 @@ def loss_settings(args):
 
 
 def kl_weight(beta, t, r, weighting='gap'):
-    """beta times the consistency loss's weight for the last pair, t = sigma_max and its r; EDM's weight is left out."""
+    """beta w(sigma_max, r_max), the weight of the KL term: t and r are that last pair; EDM's weight counts as 1."""
     return beta / (t - r) if weighting == 'gap' else beta
 
 
@@ -210,7 +210,7 @@ def denoising_loss(net, x0, eps, t, y=None, mask=0, kernel='ve'):
 
 
 def edm_weight(t):
-    """lambda(t) = (t² + s²) / (t s)² (EDM Table 1). (B,) -> (B,)"""
+    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Table 1). (B,) -> (B,)"""
     return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
@@ -255,7 +255,7 @@ def train(args):
     net = initial_network(args, device, tunes=args.base == 'ecm')
     net, settings = add_encoder(net, args).to(device, memory_format=torch.channels_last), loss_settings(args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # few calls
+    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # fused
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped, clock, log = common.distributed(net, args), common.Clock(args, device), common.Log(args, start, device)
     student, teacher = clock.watch(wrapped, 'student'), clock.watch(net, 'teacher')
@@ -268,13 +268,13 @@ def train(args):
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws. Made for the global batch, so that any number of processes trains on the same ones.
+        # Draws: t, r and noise, of the global batch, so that any number of processes trains on the same ones.
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)
         z_all = normal('noise', *x_all.shape[1:])
         pretraining = step < args.pretrain_steps
         done, total_steps = step - args.pretrain_steps * (not pretraining), args.steps - args.pretrain_steps
         if pretraining:
-            t = r = upper_level(normal('level'), -1.2, 1.2, args.kernel)[mine]  # EDM Table 1
+            t = r = upper_level(normal('level'), -1.2, 1.2, args.kernel)[mine]  # EDM Table 1 for the diffusion model
         elif args.base == 'ict':
             table = level_table(num_levels(done, total_steps, args.s0, args.s1), args.P_mean, args.P_std, device)
             t, r = level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device)[mine], *table)
@@ -299,7 +299,7 @@ def train(args):
             eps, kl = emit(encoder, x0[part], z[part], y[part])
             if pretraining:
                 value = distance = denoising_loss(student, x0[part], z[part], t[part], y[part], mask, args.kernel)
-                value = value + kl / x0[0].numel()                          # the encoder begins as independent noise
+                value = value + kl / x0[0].numel()                          # so that tuning starts with eps near n
             else:
                 value, distance = loss(student, x0[part], eps, t[part], r[part], y[part], teacher, mask, **settings)
                 value = value + kl_weight(args.beta, *last_pair, args.weighting) * kl

@@ -26,7 +26,7 @@ def gradient(model, data, ref_size, j, levels):
     t, eps = sct.upper_level(normal('level'), *levels), normal('noise', *x0.shape[1:])
     x_t = x0 + t[:, None, None, None] * eps
     choose = lambda n: torch.randint(len(data.images), (n,), generator=common.generator(j, 'references'))
-    x0_hat, eps_hat = sct.target(data, ref_size, index, slice(0, B), x0, y, x_t, t, eps, choose)
+    x0_hat, eps_hat = sct.variance_reduced(data, ref_size, index, slice(0, B), x0, y, x_t, t, eps, choose)
     model.zero_grad()
     sct.loss(net, x_t, t, x0_hat, eps_hat, sct.lower_level(t, 2), y).mean().backward()
     return torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])

@@ -29,7 +29,7 @@ def main(folder='data'):
             t, eps = torch.full((B,), level), common.randn(x0.shape, j, 'noise')
             x_t = x0 + level * eps
             choose = lambda n: torch.randint(len(data.images), (n,), generator=common.generator(j, 'references'))
-            hat = lambda size: sct.target(data, size, index, slice(0, B), x0, y, x_t, t, eps, choose)[0]
+            hat = lambda size: sct.variance_reduced(data, size, index, slice(0, B), x0, y, x_t, t, eps, choose)[0]
             exact = hat('all')
             for size in sizes:
                 errors[size] += (hat(size) - exact).square().mean().item() / BATCHES

@@ -149,7 +149,7 @@ def test_the_direction_in_the_diagnostics_is_exact(t):
 def test_decay_of_the_moving_average():
     early = [(step, 1 - (step + 1) ** (-2 / 3)) for step in (5, 50, 5000)]
     for step, decay in [(0, 0.0), *early, (1_000_000, 0.9999)]:
-        assert abs(gc_ct.ema_decay(step, 0.9999) - decay) < 1e-12
+        assert abs(gc_ct.ema_warmup(step, 0.9999) - decay) < 1e-12
 
 
 # Couplings

@@ -88,7 +88,7 @@ def test_one_reference_is_ect_bit_for_bit():
     x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.rand(8) * 5
     x_t = x0 + t[:, None, None, None] * eps
     data = common.Data(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), 0, None)
-    x0_hat, eps_hat = sct.target(data, '1', torch.arange(8), slice(0, 8), x0, None, x_t, t, eps, None)
+    x0_hat, eps_hat = sct.variance_reduced(data, '1', torch.arange(8), slice(0, 8), x0, None, x_t, t, eps, None)
     assert torch.equal(x0_hat, x0) and torch.equal(eps_hat, eps)
     r = sct.lower_level(t, 3)
 
@@ -341,7 +341,8 @@ def test_training_approaches_the_exact_consistency_function(ref_size):
         t = sct.upper_level(common.randn((512,), step, 't'), 0.5, 2.0)
         r = sct.lower_level(t, step * 8 // steps)
         x_t = x0 + t[:, None, None, None] * eps
-        x0_hat, eps_hat = sct.target(None, ref_size, None, slice(0, 512), x0, torch.zeros(512), x_t, t, eps, None)
+        x0_hat, eps_hat = sct.variance_reduced(None, ref_size, None, slice(0, 512), x0, torch.zeros(512), x_t, t, eps,
+                                               None)
         optimizer.zero_grad()
         sct.loss(net, x_t, t, x0_hat, eps_hat, r).mean().backward()
         optimizer.step()
@@ -358,7 +359,7 @@ def test_references_lower_the_variance_of_the_target():
     data = common.Data(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), torch.zeros(64), 0, None)
     x_t, t = torch.randn(8, 3, 4, 4) * 3, torch.full((8,), 3.0)
     index = torch.arange(8)
-    hats = [sct.target(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0]
+    hats = [sct.variance_reduced(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0]
             for i in (index, index + 20)]
     assert torch.equal(*hats)
 
