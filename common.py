@@ -794,6 +794,7 @@ class Clock:
         self.args, self.device, self.parts, self.products, self.last = args, device, [], [], None
 
     def now(self):
+        """Seconds, when the device has done its work."""
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
         return time.perf_counter()
