@@ -208,6 +208,16 @@ def test_diagnostics_on_a_data_set_of_two_points():
     assert gc_ct.diagnostics(net, x0, z, y, images, labels, sigma)['IC'][1] < 1e-10
 
 
+def test_transport_in_the_diagnostics_moves_labels_with_their_images():
+    """Each class has one image, so that every pair's direction is its noise, whichever image the noise goes with."""
+    images = torch.tensor([-1.0, 1.0])[:, None, None, None]
+    z, labels, order = torch.tensor([0.5, -0.2])[:, None, None, None], torch.tensor([0, 1]), torch.tensor([1, 0])
+    net = lambda x, c, y=None: torch.zeros_like(x)
+    results = gc_ct.diagnostics(net, images, z, labels, images, labels, 0.7, 0.0, order)
+    close(results['OT'][0], (images[order] - z).square().mean())
+    assert results['OT'][1] < 1e-10
+
+
 # Lion
 
 def test_lion_is_its_five_lines():
@@ -341,6 +351,56 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, endpoint):
     assert torch.equal(asked[-1][1][4], common.rand((64,), 0, 0, 'mix') < 0.5) and before is not None
 
 
+def test_labels_reach_student_teacher_and_endpoint(monkeypatch):
+    seen, plain = [], common.network
+
+    def network(net, precision):
+        call = plain(net, precision)
+        return lambda x, c, y=None: (seen.append((torch.is_grad_enabled(), y)), call(x, c, y))[1]
+    monkeypatch.setattr(common, 'network', network)
+    assert run(*TINY, '--schedule', 'ect', '--steps', 2, '--pretrain-steps', 1, '--mu', 1) == 0
+    first, second = (torch.arange(200)[common.batch_indices(200, 8, step, 0)] % 10 for step in (0, 1))
+    assert [grad for grad, _ in seen[:4]] == [True, False, True, False]         # denoiser; endpoint, student, teacher
+    assert all(map(torch.equal, [y for _, y in seen[:4]], (first, second, second, second)))
+
+
+@pytest.mark.parametrize('schedule, boundary', [('ict', M), ('ect', 0.0)])
+def test_the_settings_of_a_run_reach_gap_and_loss(schedule, boundary, monkeypatch):
+    """q, k and b of the gap, P_mean and P_std of the levels, c and the boundary of the loss and of the endpoints."""
+    ours = dict(P_mean=-0.5, P_std=1.5, c=0.03) | (dict(q=3.0, k=4.0, b=2.0) if schedule == 'ect' else {})
+    key = ('shapes', 'ect') if schedule == 'ect' else 'shapes'
+    monkeypatch.setitem(gc_ct.PRESETS, key, gc_ct.PRESETS[key] | ours)
+    seen, bounds, plain, coupling = [], [], gc_ct.loss, gc_ct.generator_coupling
+    monkeypatch.setattr(gc_ct, 'generator_coupling', lambda *inputs: (bounds.append(inputs[6]), coupling(*inputs))[1])
+    monkeypatch.setattr(gc_ct, 'loss', lambda net, x0, z, t, r, y, teacher, mask, c, m: (
+        seen.append((t, r, c, m)), plain(net, x0, z, t, r, y, teacher, mask, c, m))[1])
+    assert run(*TINY, '--schedule', schedule, '--pretrain-steps', 0, '--steps', 1) == 0
+    t, r, c, m = seen[0]
+    assert (c, m) == (0.03, boundary) and bounds == [boundary]
+    if schedule == 'ect':
+        assert torch.equal(t, gc_ct.upper_level(common.randn((8,), 0, 0, 'level'), -0.5, 1.5))
+        assert torch.equal(r, gc_ct.lower_level(t, 0, 3.0, 4.0, 2.0)) and (r > 0).any()
+    else:
+        table = gc_ct.level_table(gc_ct.num_levels(0, 1, 10, 80), -0.5, 1.5)
+        assert all(map(torch.equal, (t, r), gc_ct.level_pair(common.rand((8,), 0, 0, 'level'), *table)))
+
+
+@pytest.mark.parametrize('coupling', ['gc', 'ot'])
+def test_pretraining_has_edms_levels_and_independent_pairs(coupling, monkeypatch):
+    if coupling == 'ot':
+        pytest.importorskip('scipy')
+    seen, plain = [], gc_ct.denoising_loss
+    monkeypatch.setattr(gc_ct, 'denoising_loss', lambda net, x0, z, t, *rest: (
+        seen.append((x0, z, t)), plain(net, x0, z, t, *rest))[1])
+    assert run(*TINY, '--schedule', 'ect', '--coupling', coupling, '--pretrain-steps', 4) == 0
+    data = common.shapes(resolution=8)
+    for step, (x0, z, t) in enumerate(seen):
+        assert torch.equal(x0, common.normalise(data.images[common.batch_indices(200, 8, step, 0)]))
+        assert torch.equal(z, common.randn((8, 3, 8, 8), 0, step, 'noise'))
+        assert torch.equal(t, gc_ct.upper_level(common.randn((8,), 0, step, 'level'), -1.2, 1.2))
+    assert len(seen) == 4
+
+
 def test_the_levels_of_tuning(monkeypatch):
     """ECT's pairs, stage by stage, after the steps of the diffusion model, which have no pairs."""
     seen, plain = [], gc_ct.loss
@@ -383,6 +443,15 @@ def test_endpoint_network_is_the_average_or_the_online_one(monkeypatch):
         student, teacher, asked = networks[:3]
         assert (asked is student) == (endpoint == 'online') and asked.training == (endpoint == 'online')
     assert not same('ema', 'online')
+
+
+def test_the_online_endpoints_dropout_is_named_too(monkeypatch):
+    """Whatever random numbers were drawn between steps, as in a resumed run: the run is the same."""
+    rate = common.learning_rate
+    for out in (1, 2):
+        monkeypatch.setattr(common, 'learning_rate', lambda *inputs: (torch.manual_seed(out), rate(*inputs)))
+        assert run(*TINY, '--endpoint', 'online', '--dropout', 0.5, '--mu', 1, '--lr', 0.01, '--out', out) == 0
+    assert same('1', '2')
 
 
 def test_transport_moves_labels_with_their_images(monkeypatch):
@@ -451,6 +520,25 @@ def test_analysis_has_the_boundary_of_training(schedule, boundary, monkeypatch):
     monkeypatch.setattr(gc_ct, 'f', lambda net, x, t, y=None, m=0.0: seen.append(m) or plain(net, x, t, y, m))
     assert run('--analyse', 'runs/gc_ct-shapes') == 0
     assert set(seen) == {boundary}
+
+
+def test_analysis_prints_means_over_lots_with_noise_of_their_own(monkeypatch, capsys):
+    """Of cost and regulariser, each in its own table."""
+    noise = []
+
+    def diagnostics(net, x0, z, y, images, labels, sigma, *rest):
+        noise.append(z)
+        lot = (len(noise) - 1) % 8                                              # 512 images are 8 lots
+        return {'IC': (10 * sigma + lot, 20 * sigma + lot)}
+    assert run(*TINY) == 0
+    monkeypatch.setattr(gc_ct, 'diagnostics', diagnostics)
+    capsys.readouterr()
+    assert run('--analyse', 'runs/gc_ct-shapes') == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:8].strip()[:1].isdigit()]
+    sigmas = np.array(gc_ct.rho_levels(12)[1:])
+    close([float(value) for _, value in rows], [*(10 * sigmas + 3.5), *(20 * sigmas + 3.5)])
+    assert len(noise) == 8 * 12 and all(not torch.equal(noise[0], z) for z in noise[1:8])
+    assert all(map(torch.equal, noise[:8], noise[8:16]))                        # the same at every level
 
 
 def test_wrong_flags_of_gc(refused):

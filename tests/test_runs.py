@@ -81,6 +81,64 @@ def test_microbatches_equal_the_whole_batch(script):
         np.testing.assert_allclose(a, b, rtol=rtol)
 
 
+def test_the_optimisers_settings_are_the_presets(script, monkeypatch):
+    preset = script.module.PRESETS['shapes'] | dict(lr=3e-4, lr_decay=None, betas=(0.8, 0.95))
+    monkeypatch.setitem(script.module.PRESETS, 'shapes', preset)
+    assert script.train('--steps', 1) == 0
+    group, = weights(script.out, 'checkpoint.pt')['optimizer']['param_groups']
+    assert group['lr'] == 3e-4 and tuple(group['betas']) == (0.8, 0.95)
+
+
+def test_student_and_teacher_are_one_network(script, monkeypatch):
+    """The teacher has the student's own weights, not their average."""
+    networks, plain = [], common.network
+    monkeypatch.setattr(common, 'network', lambda net, precision: (networks.append(net), plain(net, precision))[1])
+    assert script.train('--steps', 1) == 0
+    student, teacher = networks[:2]
+    assert student is teacher and student.training
+
+
+TUNING = {'gc_ct': ['--schedule', 'ect'], 'vct': ['--base', 'ecm'], 'sct': []}
+
+
+def test_tuning_starts_from_the_diffusion_models_average_with_a_fresh_optimiser(script, monkeypatch):
+    """One step of Adam away from the average; a first one changes every weight by the learning rate."""
+    seen, plain, name = [], common.update_ema, 'enc.8x8_conv.weight'
+    monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (seen.append(
+        (net.state_dict()[name] - ema.state_dict()[name]).abs()), plain(ema, net, decay))[1])
+    assert script.train(*TUNING[script.name], '--pretrain-steps', 3, '--lr', 0.01, '--ema', 0.9) == 0
+    torch.testing.assert_close(seen[3], torch.full_like(seen[3], 0.01), rtol=0, atol=1e-4)
+    assert seen[2].max() > 0.011
+
+
+def test_rate_and_average_count_from_the_start_of_tuning(script, monkeypatch):
+    rates, decays, rate, decay = [], [], common.learning_rate, common.ema_decay
+    monkeypatch.setattr(common, 'learning_rate', lambda *inputs: (rates.append(inputs[1:]), rate(*inputs))[1])
+    monkeypatch.setattr(common, 'ema_decay', lambda *inputs: (decays.append(inputs), decay(*inputs))[1])
+    flags = [] if script.name == 'gc_ct' else ['--ema-std', 0.1]                # GC's average is its own: test_gc_ct.py
+    assert script.train(*TUNING[script.name], '--steps', 5, '--pretrain-steps', 2, '--lr-decay', 7, '--lr', 0.01,
+                        '--ema', 0.9, *flags) == 0
+    assert rates == [(done, 0.01, 7) for done in (0, 1, 0, 1, 2)]
+    assert decays == ([(done, 0.9, 0.1) for done in (1, 2, 1, 2, 3)] if flags else [])
+
+
+def test_gradients_of_two_parts_average_to_that_of_the_whole_batch(script, monkeypatch):
+    """What several processes rely on: each divides by its own number of images."""
+    finish, gradients = common.finish_gradients, []
+
+    def note(params, precision):
+        params = list(params)
+        gradients.append([p.grad.clone() for p in params])
+        return finish(params, precision)
+    monkeypatch.setattr(common, 'finish_gradients', note)
+    for first, last in ((0, 8), (0, 4), (4, 8)):
+        monkeypatch.setattr(common, 'my_part', lambda batch: slice(first, last))
+        monkeypatch.setattr(common, 'microbatches', lambda *inputs: [(slice(0, last - first), 0)])
+        assert script.train('--steps', 1, '--out', f'{first}-{last}') == 0
+    for whole, a, b in zip(*gradients):
+        torch.testing.assert_close((a + b) / 2, whole, rtol=1e-3, atol=1e-4 * whole.abs().max().item())
+
+
 def test_two_processes_equal_one(script, command, monkeypatch, tmp_path):
     """20 steps, dropout 0, gloo: losses and weights agree to rounding."""
     flags = [*script.small, '--steps', 20, '--device', 'cpu', '--lr', '1e-4']
@@ -120,6 +178,14 @@ def test_samples_and_evaluation(script, capsys):
     assert script.run('--evaluate', script.out, '--nfe', '1,2', '--fid-num', 50) == 0
     out = capsys.readouterr().out
     assert 'pixel-FD (50 images against the 200 training images), 1 step: ' in out and '2 steps: ' in out
+
+
+def test_sampling_clips_the_images_at_the_end_alone(script, monkeypatch):
+    assert script.train('--steps', 1, *['--coupling', 'independent'] * (script.name == 'vct')) == 0
+    model, seen = script.module.load(script.out), []
+    monkeypatch.setattr(script.module, 'f', lambda net, x, *rest: (seen.append(x), torch.full_like(x, 3.0))[1])
+    assert (script.module.sample(model, 2, nfe=2, seed=3) == 1).all()
+    torch.testing.assert_close(seen[1], 3 + 0.821 * common.randn((2, 3, 8, 8), 3, 1, 'sample'))
 
 
 def test_precision_of_sampling_is_the_flags(script):

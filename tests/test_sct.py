@@ -100,6 +100,12 @@ def test_one_reference_is_ect_bit_for_bit():
     assert torch.equal(sct.loss(toy, x_t, t, x0_hat, eps_hat, r), ects(x0, t, r, eps))
 
 
+def test_one_reference_of_a_process_is_of_its_own_part():
+    x_all, x_t, eps, t = torch.randn(8, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.rand(4)
+    x0_hat, eps_hat = sct.target(None, '1', torch.arange(8), slice(2, 6), x_all, None, x_t, t, eps, None)
+    assert torch.equal(x0_hat, x_all[2:6]) and torch.equal(eps_hat, eps)
+
+
 def fake_data(n=40, labels=4):
     images = torch.randint(0, 256, (n, 3, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     return common.Data(images, torch.arange(n) % max(labels, 1), labels, None)
@@ -413,6 +419,71 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, schedule, phases):
         assert torch.equal(r, torch.maximum(s, sct.lower_level(t, step if schedule == 'ect' else float(step))))
         torch.testing.assert_close(x_t, x0_hat + t[:, None, None, None] * eps_hat)
     assert (seen[-1][4] > seen[-1][5]).any() and (phases == 1 or (seen[-1][4] == seen[-1][5]).any())
+
+
+def test_the_settings_of_a_run_reach_gap_and_loss(monkeypatch):
+    """q, k and b of the gap, P_mean and P_std of the levels, c and the weighting of the loss."""
+    ours = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=1.5, c=0.03, weighting='edm')
+    monkeypatch.setitem(sct.PRESETS, 'shapes', sct.PRESETS['shapes'] | ours)
+    seen, plain = [], sct.loss
+    monkeypatch.setattr(sct, 'loss', lambda net, x_t, t, x0_hat, eps_hat, r, y, teacher, *rest: (
+        seen.append((t, r, rest)), plain(net, x_t, t, x0_hat, eps_hat, r, y, teacher, *rest))[1])
+    assert run(*TINY, '--steps', 1) == 0
+    t, r, (_, weighting, c, _) = seen[0]
+    assert torch.equal(t, sct.upper_level(common.randn((8,), 0, 0, 'level'), -0.5, 1.5))
+    assert torch.equal(r, sct.lower_level(t, 0, 3.0, 4.0, 2.0)) and (r > 0).any()
+    assert (weighting, c) == ('edm', 0.03)
+
+
+def test_noise_and_levels_of_pretraining_and_tuning(monkeypatch):
+    """Each of its own stream; the diffusion model has EDM's levels, and the posterior mean for a target too."""
+    made, used, target, denoising_loss = [], [], sct.target, sct.denoising_loss
+
+    def note(*inputs):
+        made.append((*inputs[6:9], target(*inputs)))
+        return made[-1][-1]
+    monkeypatch.setattr(sct, 'target', note)
+    monkeypatch.setattr(sct, 'denoising_loss', lambda net, x_t, t, x0_hat, *rest: (
+        used.append((x_t, t, x0_hat)), denoising_loss(net, x_t, t, x0_hat, *rest))[1])
+    assert run(*TINY, '--steps', 2, '--pretrain-steps', 1, '--ref-size', 'all') == 0
+    for step, (x_t, t, eps, _) in enumerate(made):
+        assert torch.equal(eps, common.randn((8, 3, 8, 8), 0, step, 'noise'))
+        levels = (-1.1, 2.0) if step else (-1.2, 1.2)
+        assert torch.equal(t, sct.upper_level(common.randn((8,), 0, step, 'level'), *levels))
+    x_t, t, _, (x0_hat, _) = made[0]
+    assert len(made) == 2 and all(map(torch.equal, used[0], (x_t, t, x0_hat)))
+
+
+def test_references_are_drawn_anew_in_every_step(monkeypatch):
+    seen, plain = [], sct.target
+    monkeypatch.setattr(sct, 'target', lambda *inputs: (seen.append(inputs[-1](50)), plain(*inputs))[1])
+    assert run(*TINY, '--seed', 3) == 0
+    for step, others in enumerate(seen):
+        assert torch.equal(others, torch.randint(200, (50,), generator=common.generator(3, step, 'references')))
+    assert len(seen) == 4 and not torch.equal(seen[0], seen[1])
+
+
+def test_labels_reach_student_teacher_and_guide(monkeypatch):
+    seen, plain = [], common.network
+
+    def network(net, precision):
+        call = plain(net, precision)
+        return lambda x, c, y=None: (seen.append(y), call(x, c, y))[1]
+    monkeypatch.setattr(common, 'network', network)
+    assert run(*TINY, '--steps', 2, '--pretrain-steps', 1) == 0
+    first, second = (torch.arange(200)[common.batch_indices(200, 8, step, 0)] % 10 for step in (0, 1))
+    assert all(map(torch.equal, seen[:3], (first, second, second)))             # denoiser; student and teacher
+    seen.clear()
+    model = sct.load('runs/sct-shapes')
+    sct.sample(model, 4, labels=[7, 2], guide=model, guidance=2.0)
+    assert [y.tolist() for y in seen] == [[7, 2, 7, 2]] * 2
+
+
+def test_sampling_lands_at_the_runs_own_eta():
+    asked, net = [], lambda x, c, y=None: (asked.append((4 * c[0]).exp().item()), torch.zeros_like(x))[1]
+    model = model_of(net, phases=3, eta=0.5)
+    sct.sample(model, 4, 3)
+    close(asked, [80.0, *(0.5 * s for s in sct.phase_edges(3)[2:0:-1])])
 
 
 @pytest.mark.parametrize('ref_size', ['batch', 'all'])

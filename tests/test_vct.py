@@ -184,6 +184,16 @@ def test_loss_stops_the_teachers_gradient_and_seeds_both_masks_alike():
     assert torch.equal(before, scale.grad)
 
 
+@pytest.mark.parametrize('kernel', ['ve', 'li'])
+def test_denoising_loss(kernel):
+    """EDM's weight, the network's own preconditioning, its labels."""
+    x0, eps, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.5, 30.0])
+    net = lambda x, c, y: toy(x, c) + y[:, None, None, None]
+    y, weight = torch.tensor([0.3, -0.2]), (t ** 2 + 0.25) / (0.5 * t) ** 2
+    u = vct.f(net, vct.path(x0, eps, t, kernel), t, y, kernel=kernel) - x0
+    close(vct.denoising_loss(net, x0, eps, t, y, kernel=kernel), weight * u.square().mean((1, 2, 3)))
+
+
 def test_optimal_transport_pairs_at_the_least_distance():
     pytest.importorskip('scipy')
     from itertools import permutations
@@ -350,6 +360,37 @@ def test_the_pairs_that_a_run_trains_on(monkeypatch, base, kernel, coupling):
     assert len(seen) == 4
 
 
+def test_the_settings_of_a_run_reach_the_gap(monkeypatch):
+    """q, k and b, for the pairs and for the last pair; P_mean and P_std of the levels."""
+    ours, seen, lasts, loss, weight = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=1.5), [], [], vct.loss, vct.kl_weight
+    monkeypatch.setitem(vct.PRESETS, 'shapes', vct.PRESETS['shapes'] | ours)
+    monkeypatch.setattr(vct, 'loss', lambda net, x0, eps, t, r, *rest, **settings: (
+        seen.append((t, r)), loss(net, x0, eps, t, r, *rest, **settings))[1])
+    monkeypatch.setattr(vct, 'kl_weight', lambda *inputs: (lasts.append(inputs), weight(*inputs))[1])
+    assert run(*TINY, '--steps', 1) == 0
+    (t, r), lower = seen[0], lambda t: vct.lower_level(t, 0, 3.0, 4.0, 2.0)
+    assert torch.equal(t, vct.upper_level(common.randn((8,), 0, 0, 'level'), -0.5, 1.5))
+    assert torch.equal(r, lower(t)) and (r > 0).any()
+    close(lasts[0][1:3], (80.0, lower(torch.tensor(80.0))))
+
+
+@pytest.mark.parametrize('coupling', ['vc', 'ot'])
+def test_pretraining_has_edms_levels_and_independent_pairs(coupling, monkeypatch):
+    if coupling == 'ot':
+        pytest.importorskip('scipy')
+    seen, plain = [], vct.denoising_loss
+    monkeypatch.setattr(vct, 'denoising_loss', lambda net, x0, eps, t, y, *rest: (
+        seen.append((x0, eps, t, y)), plain(net, x0, eps, t, y, *rest))[1])
+    assert run(*TINY, '--base', 'ecm', '--coupling', coupling, '--pretrain-steps', 4) == 0
+    data = common.shapes(resolution=8)
+    for step, (x0, eps, t, y) in enumerate(seen):
+        index = common.batch_indices(200, 8, step, 0)
+        assert torch.equal(x0, common.normalise(data.images[index])) and torch.equal(y, data.labels[index])
+        assert torch.equal(eps, common.randn((8, 3, 8, 8), 0, step, 'noise'))
+        assert torch.equal(t, vct.upper_level(common.randn((8,), 0, step, 'level'), -1.2, 1.2))
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize('weighting', ['gap', 'edm'])
 def test_the_weight_of_the_kl_term_in_a_run(weighting, monkeypatch):
     """With EDM's weighting it is beta alone, as published."""
@@ -359,6 +400,14 @@ def test_the_weight_of_the_kl_term_in_a_run(weighting, monkeypatch):
     line = lines()[0]
     gap = 80 - vct.lower_level(torch.tensor(80.0), 0).item()
     close(line['loss'], 7 * line['kl'] / (gap if weighting == 'gap' else 1))
+
+
+def test_the_weight_of_the_kl_term_in_pretraining():
+    """One over the numbers of an image, as the denoiser's loss is a mean over them, and whatever beta is."""
+    assert run(*TINY, '--base', 'ecm', '--beta', 7, '--pretrain-steps', 2, '--steps', 2, '--eval-every', 2) == 0
+    for line in lines()[:2]:
+        close(line['loss'], line['consistency'] + line['kl'] / (3 * 8 * 8))
+        assert line['kl'] > 1
 
 
 def gradients(monkeypatch, *flags):
