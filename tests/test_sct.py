@@ -102,7 +102,7 @@ def test_one_reference_is_ect_bit_for_bit():
 
 def test_one_reference_of_a_process_is_of_its_own_part():
     x_all, x_t, eps, t = torch.randn(8, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.rand(4)
-    x0_hat, eps_hat = sct.target(None, '1', torch.arange(8), slice(2, 6), x_all, None, x_t, t, eps, None)
+    x0_hat, eps_hat = sct.variance_reduced(None, '1', torch.arange(8), slice(2, 6), x_all, None, x_t, t, eps, None)
     assert torch.equal(x0_hat, x_all[2:6]) and torch.equal(eps_hat, eps)
 
 
@@ -437,12 +437,12 @@ def test_the_settings_of_a_run_reach_gap_and_loss(monkeypatch):
 
 def test_noise_and_levels_of_pretraining_and_tuning(monkeypatch):
     """Each of its own stream; the diffusion model has EDM's levels, and the posterior mean for a target too."""
-    made, used, target, denoising_loss = [], [], sct.target, sct.denoising_loss
+    made, used, target, denoising_loss = [], [], sct.variance_reduced, sct.denoising_loss
 
     def note(*inputs):
         made.append((*inputs[6:9], target(*inputs)))
         return made[-1][-1]
-    monkeypatch.setattr(sct, 'target', note)
+    monkeypatch.setattr(sct, 'variance_reduced', note)
     monkeypatch.setattr(sct, 'denoising_loss', lambda net, x_t, t, x0_hat, *rest: (
         used.append((x_t, t, x0_hat)), denoising_loss(net, x_t, t, x0_hat, *rest))[1])
     assert run(*TINY, '--steps', 2, '--pretrain-steps', 1, '--ref-size', 'all') == 0
@@ -455,8 +455,8 @@ def test_noise_and_levels_of_pretraining_and_tuning(monkeypatch):
 
 
 def test_references_are_drawn_anew_in_every_step(monkeypatch):
-    seen, plain = [], sct.target
-    monkeypatch.setattr(sct, 'target', lambda *inputs: (seen.append(inputs[-1](50)), plain(*inputs))[1])
+    seen, plain = [], sct.variance_reduced
+    monkeypatch.setattr(sct, 'variance_reduced', lambda *inputs: (seen.append(inputs[-1](50)), plain(*inputs))[1])
     assert run(*TINY, '--seed', 3) == 0
     for step, others in enumerate(seen):
         assert torch.equal(others, torch.randint(200, (50,), generator=common.generator(3, step, 'references')))
