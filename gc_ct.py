@@ -18,7 +18,7 @@ and the loss is the same. By the paper such pairs lie nearer to each other, and 
 which `--analyse` measures. `--coupling ot` pairs images and noise within each batch at the least total distance instead
 (Pooladian et al. 2023, arXiv 2304.14772).
 
-    python gc_ct.py                                               # ten shapes, some five minutes on two CPU cores
+    python gc_ct.py                                               # ten shapes, five to fifteen minutes on a CPU
     python gc_ct.py --dataset cifar10 --gpus 8                    # the paper's setting
     python gc_ct.py --dataset cifar10 --schedule ect --gpus 8     # the same coupling on Easy Consistency Tuning
     python gc_ct.py --sample runs/gc_ct-shapes --nfe 2            # a grid of images; --evaluate: FID

@@ -20,7 +20,7 @@ distance (Pooladian et al. 2023, arXiv 2304.14772). Levels, d and w are those of
 scratch (`--base ict`, Song & Dhariwal 2023, arXiv 2310.14189), or of Easy Consistency Tuning, from a diffusion model
 (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 
-    python vct.py                                                 # ten shapes, some five minutes on two CPU cores
+    python vct.py                                                 # ten shapes, five to fifteen minutes on a CPU
     python vct.py --dataset cifar10 --gpus 8                      # the paper's setting, from scratch
     python vct.py --dataset cifar10 --base ecm --gpus 8           # tuned from EDM's diffusion model
     python vct.py --sample runs/vct-shapes --nfe 2                # a grid of images; --evaluate: FID
