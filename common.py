@@ -160,6 +160,7 @@ def add_common_flags(parser, script, names, add_flags, example):
     add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
     add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
+    add('--flip', action=argparse.BooleanOptionalAction, help='mirror half of the training images, left to right')
     add_flags(group('method', example), number)
     add = group('optimisation', '--batch 256 --microbatch 32 --precision bf16 --compile')
     add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
@@ -214,7 +215,7 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch'):
     """
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument('--resume', action='store_true')
-    for name in ('dataset', 'out', 'sample', 'evaluate', 'analyse', switch):
+    for name in ('dataset', 'out', 'sample', 'evaluate', 'analyse', 'ema', 'ema-std', 'pretrain-steps', switch):
         first.add_argument(f'--{name}')
     peek = first.parse_known_args(argv)[0]
     uses, settings = [path for path in (peek.sample, peek.evaluate, peek.analyse) if path], {}
@@ -244,6 +245,12 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch'):
     args = parser.parse_args(argv)
 
     args.script, args.argv, args.out_given = script, list(argv), bool(args.out)
+    if peek.ema is not None and vars(args).get('ema_std'):              # the flag that is given wins over the preset
+        if peek.ema_std is not None:
+            raise UserError('--ema and --ema-std: one of them')
+        args.ema_std = None
+    if not settings and peek.pretrain_steps is None:                    # a shorter run has a shorter start
+        args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))
     args.out = args.out or f'runs/{script}-{args.dataset}'
     for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if uses else set())):
         if hasattr(args, key) and getattr(args, key) != settings[key]:
@@ -479,18 +486,19 @@ class Data(NamedTuple):
 def batches(data, args, start, device):
     """Of each step from `start` on: number, indices of the global batch, images in [-1, 1] (B, C, H, W), labels (B,).
 
-    A thread gathers each of them a step ahead.
+    With --flip half of them are mirrored. (No thread gathers them ahead: its own OpenMP threads would wait for work
+    beside those of the network, which halved the speed of two CPU cores.)
     """
-    def gather(step):
+    for step in range(start, start + args.benchmark + 2 if args.benchmark else args.steps):
         index = batch_indices(len(data.images), args.batch, step, args.seed)
-        return step, index, *data.at(index, device)
+        images, labels = data.at(index, device)
+        yield step, index, mirror(images, args.seed, step, 'flip') if args.flip else images, labels
 
-    on_device = lambda: torch.cuda.set_device(device) if device.type == 'cuda' else None
-    with concurrent.futures.ThreadPoolExecutor(1, initializer=on_device) as pool:
-        coming = pool.submit(gather, start)
-        for step in range(start, start + args.benchmark + 2 if args.benchmark else args.steps):
-            batch, coming = coming.result(), pool.submit(gather, step + 1)
-            yield batch
+
+def mirror(images, *parts):
+    """Each of images (B, C, H, W) mirrored left to right with probability 1/2, keyed by `parts`."""
+    flips = rand((len(images), 1, 1, 1), *parts, device=images.device) < 0.5
+    return torch.where(flips, images.flip(3), images)
 
 
 def normalise(images):
@@ -773,8 +781,14 @@ def learning_rate(optimizer, step, lr, decay_steps=None):
         group['lr'] = lr / math.sqrt(max(step / decay_steps, 1)) if decay_steps else lr
 
 
-def ema_decay(step, decay, std=None):
-    """`decay`, or for a relative width `std` that of the power-function EMA (EDM2 App. C); steps from 1."""
+def ema_decay(step, decay, std=None, ramp=False):
+    """`decay`, or for a relative width `std` that of the power-function EMA (EDM2 App. C); steps from 1.
+
+    ramp: while a diffusion model is trained, the half-life is 5 % of the images seen so far (EDM's published code), so
+    that the average which tuning starts from does not hold the random initial weights.
+    """
+    if ramp:
+        return min(decay, 0.5 ** (20 / step))
     if std is None:
         return decay
     gamma = np.roots([1, 7, 16 - std ** -2, 12 - std ** -2]).real.max()

@@ -52,7 +52,8 @@ from unet import URLS, initial_network, make_network
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
 ICT = dict(                     # iCT's settings, which GC keeps
-    arch='songunet', attn_resolutions=[16], dropout=None, dropout_res=None, checkpoint=None, lr_decay=None,
+    arch='songunet', attn_resolutions=[], dropout_res=None, checkpoint=None, lr_decay=None, flip=False,
+    dropout=None, dropout_ic=0.3,   # None: 0 with generated endpoints, dropout_ic without
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation, at the levels of the discretisation
     s0=10, s1=1280,             # there are s0 pairs of levels at first and s1 in the end
     c=0.00054,                  # distance sqrt(|u|² + c² D) - c sqrt(D), for images of D numbers
@@ -64,20 +65,22 @@ ECT = dict(                     # Easy Consistency Tuning, from EDM's DDPM++
     schedule='ect', q=2.0, k=8.0, b=1.0, stages=8, c=0.0, mu=0.3, optimizer='RAdam', betas=(0.9, 0.999))
 PRESETS = {
     'shapes': ICT | dict(       # built in; ours, sized for two CPU cores
-        resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
+        resolution=16, width=32, mults=[1, 1, 2], blocks=1, dropout=0.0, cond=True,
         batch=32, steps=1600, s1=80, lr=1e-4, lr_decay=100, mu=0.3, ema=0.998, ema_every=1,
         save_every=500, sample_every=200, eval_every=1600, fid_features='pixels', fid_num=2000),
     'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3, batch=512, steps=100_000),
     'imagenet32': ICT | dict(
-        resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], batch=512, steps=150_000, lr=8e-5),
+        resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], attn_resolutions=[16], dropout_ic=[0, 0.2, 0.2],
+        batch=512, steps=150_000, lr=8e-5),
     'celeba64': ICT | dict(
-        resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], batch=128, steps=150_000, lr=8e-5)}
-PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], batch=128)        # ours
+        resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], dropout_ic=[0, 0, 0.2, 0.2],
+        batch=128, steps=150_000, lr=8e-5)}
+PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, batch=128)                               # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                  # your pictures
 PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64', 'fmnist')}
 PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=600, stages=3, lr=1e-3)
 PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
-    mults=[2, 2, 2], blocks=4, dropout=0.2, checkpoint=URLS['cifar10'], batch=128, steps=400_000)
+    mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=URLS['cifar10'], batch=128, steps=400_000)
 PRESETS['folder', 'ect'] = PRESETS['cifar10', 'ect'] | dict(resolution=None, checkpoint=None)
 
 
@@ -149,11 +152,12 @@ def generator_coupling(net, x0, z, r, y, chosen, m=0.0):
     i = chosen.nonzero()[:, 0]
     if not len(i):
         return x0
+    n = len(i)
     if x0.is_cuda:          # cuDNN tunes itself anew for each batch size: round up to 16s, repeating an endpoint
-        i = torch.cat([i, i[:1].expand(-len(i) % 16)])
+        i = torch.cat([i, i[:1].expand(-n % 16)])
     i = i.to(x0.device, non_blocking=True)
-    x_r = x0[i] + r[i, None, None, None] * z[i]
-    return x0.index_copy(0, i, f(net, x_r, r[i], None if y is None else y[i], m))
+    x_hat = f(net, x0[i] + r[i, None, None, None] * z[i], r[i], None if y is None else y[i], m)
+    return x0.index_copy(0, i[:n], x_hat[:n])               # the repeated ones may differ: dropout, order of writing
 
 
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
@@ -380,7 +384,7 @@ def main(argv):
     """`python gc_ct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, '--schedule ect --mu 0.3', argv, switch='schedule')
     if args.dropout is None:
-        args.dropout = 0.0 if args.coupling == 'gc' else 0.3
+        args.dropout = 0.0 if args.coupling == 'gc' else args.dropout_ic
     if not args.use:
         return train(args)
     device = common.start(args)

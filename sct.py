@@ -39,6 +39,7 @@ Where the paper leaves a choice, and where we deviate from it:
 """
 import copy
 import functools
+import random
 import re
 import sys
 from pathlib import Path
@@ -56,16 +57,16 @@ ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
     stages=8, schedule='smooth',    # q^-1 ... q^-8 with ect, q^-1 to q^-9 with smooth: how the gap shrinks over the run
-    phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
-    c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), or with 'edm' EDM's lambda(t)
+    phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None, flip=False,
+    c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), 1 / t or EDM's lambda(t)
     t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='batch', pretrain_steps=0, cond=False,
+    optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='all', pretrain_steps=0, cond=False,
     save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
-        batch=32, steps=1400, pretrain_steps=600, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
-        ref_size='all', save_every=500, sample_every=200, eval_every=1400, fid_features='pixels', fid_num=2000),
+        batch=32, steps=2400, pretrain_steps=300, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
+        save_every=500, sample_every=200, eval_every=2400, fid_features='pixels', fid_num=2000),
     'cifar10': ECT | dict(      # DDPM++
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
         checkpoint=URLS['cifar10'], batch=128, steps=400_000, lr=1e-4)}
@@ -76,7 +77,7 @@ for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), 
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
         attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint={'S': URLS['imagenet64']}.get(size),
         P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
-        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, batch=128, steps=100_000)
+        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, ref_size='batch', batch=128, steps=100_000)
 
 
 # 2. Noise levels: the pair t > r of a sample
@@ -130,61 +131,66 @@ def f(net, x, t, y=None, m=0.0):
     return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # at t = 0, c_out is 0: f is x
 
 
-# 4. Variance reduction (SCT Sec. 4.1): x0_hat and eps_hat, which make x_r and with it the target
+# 4. Variance reduction (SCT Sec. 4.1): x0_hat and eps_hat = (x_t - x0_hat) / t, which make x_r, and so the target
 
-CHUNK = 2 ** 23         # how many numbers of the references are float32 at a time: 32 MiB
-
-
-def posterior_mean(x_t, t, chunks):
+def posterior_mean(x_t, t, refs, allowed=None):
     """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,); chunks: pieces of the references, refs (n, C, H, W) uint8 or in [-1, 1] with allowed
-    (B, n) bool, who may refer to whom, or None for all -> (B, C, H, W). One reference gives itself back: ECT. Pieces
-    add up by a running maximum and sum (the log-sum-exp of flash attention): memory is that of one.
+    x_t (B, C, H, W), t (B,); refs (N, C, H, W) in [-1, 1]; allowed (B, N) bool: who may refer to whom, None for all.
+    -> (B, C, H, W). One reference gives itself back: ECT.
     """
-    x, t = x_t.flatten(1), t[:, None]                                                       # (B, D), (B, 1)
-    top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
+    x, x0 = x_t.flatten(1), refs.flatten(1)                                         # (B, D), (N, D)
     with common.true_float32():
-        for refs, allowed in chunks:
-            x0 = (common.normalise(refs) if refs.dtype == torch.uint8 else refs).flatten(1)     # (n, D)
-            logits = (x @ x0.T - x0.square().sum(1) / 2) / t ** 2                   # |x|² is the same for all i
-            if allowed is not None:
+        logits = (x @ x0.T - x0.square().sum(1) / 2) / t[:, None] ** 2              # |x|² is the same for all i
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        return (logits.softmax(1) @ x0).view_as(x_t)
+
+
+CHUNK = 2 ** 23         # how many numbers of the data are float32 at a time: 32 MiB
+
+
+def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
+    """`posterior_mean` over all training images of each sample's class. x_t (B, C, H, W), t (B,) -> (B, C, H, W)
+
+    own (B,): the samples' indices within data; members: of `class_members`; flip: mirror images are data, too. Pieces
+    add up by a running maximum and sum (the log-sum-exp of flash attention), so that memory is that of one.
+    """
+    x, t, labels = x_t.flatten(1), t[:, None], data.labels[own]                             # (B, D), (B, 1), (B,)
+    top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
+    for part in torch.cat([members[c] for c in labels.unique()]).split(max(1, CHUNK // x[0].numel())):
+        images = data.at(part, x.device)[0]
+        allowed = (labels[:, None] == data.labels[part]).to(x.device, non_blocking=True)    # (B, n)
+        for refs in [images, images.flip(3)] if flip else [images]:
+            x0 = refs.flatten(1)                                                            # (n, D)
+            with common.true_float32():
+                logits = (x @ x0.T - x0.square().sum(1) / 2) / t ** 2
                 logits = logits.masked_fill(~allowed, -torch.inf)
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            weights, shrink = (logits - new_top).exp(), (top - new_top).exp()               # (B, n), (B, 1)
-            total = total * shrink + weights.sum(1, keepdim=True)
-            mean, top = mean * shrink + weights @ x0, new_top
+                new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+                weights, shrink = (logits - new_top).exp(), (top - new_top).exp()           # (B, n), (B, 1)
+                total = total * shrink + weights.sum(1, keepdim=True)
+                mean, top = mean * shrink + weights @ x0, new_top
     return (mean / total).view_as(x_t)
 
 
-def references(data, ref_size, index, mine, x_all, y_all, choose):
-    """Which images stand for p(x0 | y) in this step, in pieces for `posterior_mean`; x0 is among each sample's own.
+def class_members(data):
+    """The indices of each class's images, of all if there are no labels; made once. -> tuple of (n,) int64"""
+    return data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
 
-    index (B,): the global batch within `data`, of which x_all (B, C, H, W) are the images, y_all (B,) the labels, and
-    the slice `mine` this process's part. choose(n) gives n random indices.
+
+def draw_references(n, own, data, members, *key):
+    """n images of each class in the batch, or as many as it has, drawn anew for each `key`: an estimate of p(x0 | y).
+
+    own (B,): the samples' indices within data. -> indices (M,) within data, allowed (B, M) bool: the n of the sample's
+    class, but without its own image, which the caller adds, or else without the last. All on the host.
     """
-    device = x_all.device
-    same = lambda labels: y_all[mine, None] == labels.to(device, non_blocking=True)
-    if ref_size == 'batch':
-        yield x_all, same(y_all)
-    elif ref_size == 'all':                                     # of the classes that are in the batch
-        found = torch.isin(data.labels, data.labels[index[mine]]).nonzero()[:, 0]
-        for part in found.split(max(1, CHUNK // x_all[0].numel())):
-            refs = data.images[part.to(data.images.device, non_blocking=True)]
-            yield refs.to(device, non_blocking=True), same(data.labels[part])
-    else:
-        others = choose(int(ref_size) - 1)                      # shared by the batch
-        refs, ref_labels = data.at(others, device)
-        yield refs, same(ref_labels) & (index[mine, None] != others).to(device, non_blocking=True)
-        yield x_all[mine], torch.eye(len(x_all[mine]), dtype=torch.bool, device=device)     # each sample's own
-
-
-def variance_reduced(data, ref_size, index, mine, x_all, y_all, x_t, t, eps, choose):
-    """x0_hat and eps_hat = (x_t - x0_hat) / t of this process's x_t (b, C, H, W), t (b,); rest as for `references`."""
-    if ref_size == '1':
-        return x_all[mine], eps                             # x0 alone: ECT, without a rounding on the way back to eps
-    x0_hat = posterior_mean(x_t, t, references(data, ref_size, index, mine, x_all, y_all, choose))
-    return x0_hat, (x_t - x0_hat) / t[:, None, None, None]
+    found = data.labels[own].unique().tolist()
+    drawn = [members[c][random.Random(common.key(*key, c)).sample(range(len(members[c])), min(n, len(members[c])))]
+             for c in found]                                    # by class: any number of processes draws the same
+    index = torch.cat(drawn)
+    last = torch.cat([torch.arange(len(part)) == len(part) - 1 for part in drawn])
+    of_class, is_own = data.labels[own, None] == data.labels[index], own[:, None] == index
+    return index, of_class & ~torch.where(is_own.any(1, keepdim=True), is_own, last)
 
 
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
@@ -206,7 +212,7 @@ def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weightin
         target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
-    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+    return distance * {'gap': lambda: 1 / (t - r), 't': lambda: 1 / t, 'edm': lambda: edm_weight(t)}[weighting]()
 
 
 def at_level(x0_hat, x_t, t, s):
@@ -287,6 +293,10 @@ def train(args):
     evaluate, mine = functools.partial(fid.evaluate, judge, args, draw), common.my_part(args.batch)
     edges = torch.tensor(phase_edges(args.phases, args.edges), device=device)
     kept = [round(share * args.steps) for share in args.keep_ema or []]
+    members = class_members(data)
+    fewest = min(n for n in map(len, members) if n)
+    if args.ref_size.isdigit() and int(args.ref_size) > fewest:
+        common.say(f'--ref-size {args.ref_size}: some class has but {fewest} images, which are all used')
 
     for step, index, x_all, y_all in clock.steps(common.batches(data, args, start, device), net):
         if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
@@ -294,8 +304,6 @@ def train(args):
             optimizer.state.clear()
 
         # Draws: t, r and noise, of the global batch, so that any number of processes trains on the same ones.
-        generator = common.generator(args.seed, step, 'references')
-        choose = lambda n: torch.randint(len(data.images), (n,), generator=generator)
         normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)[mine]
         x0, y = x_all[mine], y_all[mine]
         pretraining = step < args.pretrain_steps
@@ -310,7 +318,19 @@ def train(args):
 
         # Variance reduction.
         x_t = x0 + t[:, None, None, None] * eps
-        x0_hat, eps_hat = variance_reduced(data, args.ref_size, index, mine, x_all, y_all, x_t, t, eps, choose)
+        if args.ref_size == '1':                                                # ECT, bit for bit
+            x0_hat, eps_hat = x0, eps
+        else:
+            if args.ref_size == 'all':
+                x0_hat = posterior_mean_of_all(x_t, t, index[mine], data, members, args.flip)
+            elif args.ref_size == 'batch':
+                x0_hat = posterior_mean(x_t, t, x_all, y[:, None] == y_all)
+            else:
+                drawn, allowed = draw_references(int(args.ref_size), index[mine], data, members, args.seed, step, 'refs')
+                refs, own = data.at(drawn, device)[0], torch.eye(len(x0), dtype=torch.bool)
+                refs = common.mirror(refs, args.seed, step, 'refs') if args.flip else refs
+                x0_hat = posterior_mean(x_t, t, torch.cat([refs, x0]), torch.cat([allowed, own], 1).to(device))
+            eps_hat = (x_t - x0_hat) / t[:, None, None, None]
         clock('reference mean')
 
         # Loss and gradient.
@@ -332,7 +352,7 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         clock('optimiser')
-        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
+        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std, ramp=pretraining))
         clock('EMA')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if step + 1 in kept:                                                    # a worse self, for --guide
@@ -347,7 +367,8 @@ def train(args):
 def add_flags(add, number):
     """The flags that are SCT's own."""
     add('--ref-size', metavar='1|batch|N|all',
-        help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N drawn, `all` data')
+        help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N of a class, `all`')
+    add('--weighting', choices=['gap', 't', 'edm'], help="of the loss: 1 / (t - r), 1 / t, or EDM's lambda(t)")
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
     add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
     add('--stages', type=number(int, 1, 64), metavar='N', help='stages of the shrinking, over the run')

@@ -319,8 +319,6 @@ class MPBlock(nn.Module):
     def __init__(self, emb_channels, channels_per_head, encoder,
                  in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
-        if attention and out_channels % channels_per_head:
-            raise ValueError(f'channels_per_head {channels_per_head} does not divide {out_channels} channels')
         self.encoder, self.up, self.down, self.dropout = encoder, up, down, dropout
         self.heads = out_channels // channels_per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
@@ -328,7 +326,7 @@ class MPBlock(nn.Module):
         self.emb_linear = MPConv(emb_channels, out_channels)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        if attention:
+        if self.heads:
             self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1)
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
@@ -360,7 +358,7 @@ class EDM2UNet(nn.Module):
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0,
                  model_channels=192,            # EDM2_WIDTHS
                  channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8),
-                 channels_per_head=64,          # width of an attention head
+                 channels_per_head=64,          # width of an attention head, or a little more; a block with less has none
                  dropout=0.0, dropout_res=None):        # dropout is in resolutions up to dropout_res; None = in all
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]

@@ -56,21 +56,21 @@ VCT = dict(                     # what the two bases share; the network is DDPM+
     s0=10, s1=1280,             # ict: there are s0 pairs of levels at first and s1 in the end
     q=2.0, k=8.0, b=1.0, stages=8,  # ecm: the gap between t and r, divided by q so many times: see `lower_level`
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation (ict: at the levels of the discretisation)
-    coupling='vc', encoder='small', kernel='ve', weighting='gap', clip=None, checkpoint=None, pretrain_steps=0,
+    coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', clip=None, checkpoint=None, pretrain_steps=0,
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
-    cond=False, nfe=[1], save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
+    cond=False, flip=False, nfe=[1], save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 ICT = VCT | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)       # c times sqrt(D), for images of D numbers
 ECM = VCT | dict(base='ecm', beta=10.0, huber='vector', c=0.0)
 PRESETS = {}
 for name, base, both, ict, ecm in [     # data set, usual base, settings of both, of iCT, of ECM; as CIFAR-10 if unknown
         ('shapes', 'ecm', dict(         # built in; ours, sized for two CPU cores
             resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True, batch=32,
-            steps=1600, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
+            encoder_width=16, steps=1600, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
             eval_every=1600, fid_features='pixels', fid_num=2000),
          dict(s1=80), dict(beta=1.0, stages=3, pretrain_steps=600)),
-        ('fmnist', 'ict', dict(resolution=28, width=64, attn_resolutions=[14]), dict(dropout=0.3), {}),
-        ('cifar10', 'ict', dict(resolution=32), dict(dropout=0.3, batch=512), dict(checkpoint=URLS['cifar10'])),
+        ('fmnist', 'ict', dict(resolution=28, width=64, attn_resolutions=[]), dict(dropout=0.3), {}),
+        ('cifar10', 'ict', dict(resolution=32, flip=True), dict(dropout=0.3, batch=512), dict(checkpoint=URLS['cifar10'])),
         ('ffhq64', 'ecm', dict(resolution=64, mults=[1, 2, 2, 2]), {}, dict(checkpoint=URLS['ffhq64'])),
         ('imagenet64', 'ecm', dict(     # EDM2-S
             arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
@@ -140,9 +140,12 @@ def f(net, x, t, y=None, m=0.0, kernel='ve'):
 
 
 def add_encoder(net, args):
-    """For `vc`, a small U-Net as part of the network: one optimiser, moving average and checkpoint for both. -> net"""
+    """For `vc`, a U-Net of the network's kind and settings, dropout included, but for width and blocks, as part of it.
+
+    So there is one optimiser, moving average and checkpoint for both. -> net
+    """
     if args.coupling == 'vc':
-        small = dict(arch='songunet', width=32, blocks={'small': 1, 'big': 2}[args.encoder], dropout=0.0)
+        small = dict(width=args.encoder_width, blocks={'small': 1, 'big': 2}[args.encoder])
         net.encoder = make_network(argparse.Namespace(**vars(args) | small), out_channels=2 * args.in_channels)
     return net
 
@@ -296,6 +299,7 @@ def train(args):
         # Loss and gradient.
         total = torch.zeros(3, device=device)
         for part, mask in common.microbatches(wrapped, args, step):
+            torch.manual_seed(common.key(mask, 'encoder'))                      # the encoder's own dropout
             eps, kl = emit(encoder, x0[part], z[part], y[part])
             if pretraining:
                 value = distance = denoising_loss(student, x0[part], z[part], t[part], y[part], mask, args.kernel)
@@ -315,7 +319,7 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         clock('optimiser')
-        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std))
+        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std, ramp=pretraining))
         clock('EMA')
         log.step(step + 1, loss=total[0], consistency=total[1], kl=total[2], grad_norm=grad_norm)
         if common.keep(args, step + 1, log, evaluate, draw, net=net, ema=ema, optimizer=optimizer):

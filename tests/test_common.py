@@ -54,6 +54,8 @@ def test_bytes_and_floats():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(common.to_uint8(common.normalise(levels)), levels)
     assert common.to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
+    for shift in (-0.4, 0.4):                                   # the nearest level: samples are not half a level darker
+        assert torch.equal(common.to_uint8((levels[1:-1] + shift) / 127.5 - 1), levels[1:-1])
 
 
 CPU = torch.device('cpu')

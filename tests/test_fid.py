@@ -187,3 +187,24 @@ def test_statistics_are_of_all_the_pictures_in_their_lots():
     assert n == 250
     np.testing.assert_allclose(mu, features.mean(0), atol=1e-12)
     np.testing.assert_allclose(cov, np.cov(features, rowvar=False), atol=1e-12)
+
+
+def test_every_lot_of_samples_has_noise_and_classes_of_its_own():
+    """And the same whichever process makes it: a distance of 100 pictures, repeated, would be another one."""
+    seen = []
+
+    def draw(n, nfe, seed, first):
+        seen.append((n, seed, first))
+        return common.randn((n, 3, 4, 4), seed)
+    reference = fid.measure(300, lambda first, n: torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8),
+                            fid.pixel_features)
+    args = argparse.Namespace(nfe=[1], fid_num=230, seed=5)
+    one, = fid.evaluate((fid.pixel_features, 'pixel-FD', reference), args, draw).values()
+    assert [(n, first) for n, _, first in seen] == [(100, 0), (100, 100), (30, 200)]
+    assert len({seed for _, seed, _ in seen}) == 3
+    images = torch.cat([common.to_uint8(common.randn((n, 3, 4, 4), seed)) for n, seed, _ in seen])
+    features = fid.pixel_features(images).double().numpy()
+    by_hand = fid.frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference[:2])
+    assert one == pytest.approx(by_hand, rel=1e-9)
+    args.seed = 6
+    assert fid.evaluate((fid.pixel_features, 'pixel-FD', reference), args, draw) != {'pixel-FD, 1 step': one}

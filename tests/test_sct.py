@@ -16,6 +16,7 @@ from conftest import Script, all_shapes
 ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
 STF = np.load(Path(__file__).parent / 'data/stf_targets.npz')
 TINY = Script('sct').small
+CPU = torch.device('cpu')
 
 
 def tensor(golden, name):
@@ -51,7 +52,7 @@ def test_loss_is_ects(c, stage):
 
 
 def test_posterior_mean_is_the_published_estimator():
-    close(sct.posterior_mean(tensor(STF, 'x_t'), tensor(STF, 't'), [(tensor(STF, 'ref'), None)]), STF['x0_hat'])
+    close(sct.posterior_mean(tensor(STF, 'x_t'), tensor(STF, 't'), tensor(STF, 'ref')), STF['x0_hat'])
 
 
 def exact_mean(x_t, t, refs, allowed=None):
@@ -65,31 +66,38 @@ def exact_mean(x_t, t, refs, allowed=None):
 @pytest.mark.parametrize('t', [0.002, 0.02, 0.1, 0.5, 2.0, 10.0, 80.0])
 @pytest.mark.parametrize('labelled', [False, True])
 def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
-    """In chunks, from uint8, with near twins one grey level apart, against float64."""
+    """In chunks, from uint8, with near twins one grey level apart, against float64; perhaps with mirror images."""
     data = common.shapes(500, 8)
     data.images[1] = data.images[0]
     data.images[1, 0, 0, 0] ^= 1
     x0 = common.normalise(data.images[:16])
     x_t = x0 + t * common.randn(x0.shape, 'noise', t)
-    level = torch.full((16,), t)
-    allowed = data.labels[:16, None] == data.labels if labelled else None
+    level, own, refs = torch.full((16,), t), torch.arange(16), common.normalise(data.images)
+    allowed = data.labels[:16, None] == data.labels if labelled else torch.ones(16, 500, dtype=torch.bool)
     data = data if labelled else data._replace(labels=torch.zeros_like(data.labels))
-    index, y = torch.arange(16), data.labels[:16]
-    whole = sct.posterior_mean(x_t, level, sct.references(data, 'all', index, slice(0, 16), x0, y, None))
-    exact = exact_mean(x_t, level, common.normalise(data.images), allowed)
-    torch.testing.assert_close(whole.double(), exact, rtol=0, atol=1e-4)
+    members = sct.class_members(data)
+    whole = sct.posterior_mean_of_all(x_t, level, own, data, members)
+    torch.testing.assert_close(whole.double(), exact_mean(x_t, level, refs, allowed), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sct.posterior_mean(x_t, level, refs, allowed), whole, rtol=0, atol=1e-4)
+    pieces, at = [], common.Data.at
+    monkeypatch.setattr(common.Data, 'at', lambda data, index, device: (pieces.append(index), at(data, index, device))[1])
     monkeypatch.setattr(sct, 'CHUNK', 7 * 192)          # 7 images at a time
-    pieces = list(sct.references(data, 'all', index, slice(0, 16), x0, y, None))
-    assert all(len(refs) <= 7 for refs, _ in pieces) and sum(len(refs) for refs, _ in pieces) == 500
-    torch.testing.assert_close(sct.posterior_mean(x_t, level, pieces), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sct.posterior_mean_of_all(x_t, level, own, data, members), whole, rtol=0, atol=1e-4)
+    assert max(map(len, pieces)) <= 7 and sorted(torch.cat(pieces).tolist()) == list(range(500))
+    mirrored = sct.posterior_mean_of_all(x_t, level, own, data, members, flip=True)
+    both = exact_mean(x_t, level, torch.cat([refs, refs.flip(3)]), torch.cat([allowed, allowed], 1))
+    torch.testing.assert_close(mirrored.double(), both, rtol=0, atol=1e-4)
 
 
-def test_one_reference_is_ect_bit_for_bit():
-    x0, eps, t = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), torch.rand(8) * 5
-    x_t = x0 + t[:, None, None, None] * eps
-    data = common.Data(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), 0, None)
-    x0_hat, eps_hat = sct.variance_reduced(data, '1', torch.arange(8), slice(0, 8), x0, None, x_t, t, eps, None)
-    assert torch.equal(x0_hat, x0) and torch.equal(eps_hat, eps)
+def test_one_reference_is_ect_bit_for_bit(monkeypatch):
+    """What a run of `--ref-size 1` hands to its loss, and the loss, are ECT's."""
+    seen, plain = [], sct.loss
+    monkeypatch.setattr(sct, 'loss', lambda net, x_t, t, x0, eps, r, y, teacher, mask, *rest: (
+        seen.append((x_t, t, x0, eps, r)), plain(net, x_t, t, x0, eps, r, y, teacher, mask, *rest))[1])
+    assert run(*TINY, '--ref-size', '1', '--steps', 1) == 0
+    x_t, t, x0, eps, r = seen[0]
+    assert torch.equal(x0, common.normalise(common.shapes(200, 8).images[common.batch_indices(200, 8, 0, 0)]))
+    assert torch.equal(eps, common.randn((8, 3, 8, 8), 0, 0, 'noise'))
     r = sct.lower_level(t, 3)
 
     def ects(x0, t, r, eps):        # ECT's loss as its paper writes it, in its order of operations
@@ -97,13 +105,7 @@ def test_one_reference_is_ect_bit_for_bit():
         target = sct.f(toy, x0 + r[:, None, None, None] * eps, r.clamp(min=1e-9))
         target[r == 0] = x0[r == 0]
         return torch.linalg.vector_norm((student - target).flatten(1), dim=1) * (1 / (t - r))
-    assert torch.equal(sct.loss(toy, x_t, t, x0_hat, eps_hat, r), ects(x0, t, r, eps))
-
-
-def test_one_reference_of_a_process_is_of_its_own_part():
-    x_all, x_t, eps, t = torch.randn(8, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.rand(4)
-    x0_hat, eps_hat = sct.variance_reduced(None, '1', torch.arange(8), slice(2, 6), x_all, None, x_t, t, eps, None)
-    assert torch.equal(x0_hat, x_all[2:6]) and torch.equal(eps_hat, eps)
+    assert torch.equal(plain(toy, x_t, t, x0, eps, r), ects(x0, t, r, eps))
 
 
 def fake_data(n=40, labels=4):
@@ -111,25 +113,72 @@ def fake_data(n=40, labels=4):
     return common.Data(images, torch.arange(n) % max(labels, 1), labels, None)
 
 
-@pytest.mark.parametrize('labels', [0, 4])
-@pytest.mark.parametrize('ref_size', ['batch', 'all', '6'])
-def test_references_hold_x0_once_and_share_its_label(ref_size, labels):
-    data, index, mine = fake_data(labels=labels), torch.tensor([3, 8, 15, 16, 22, 5, 6, 7]), slice(2, 6)
-    x_all, y_all = data.at(index, torch.device('cpu'))
-    draw = lambda n: torch.tensor([15, 16, 19, 23, 30, 31])[:n]             # two of them are this process's own images
-    pieces = [(common.normalise(refs) if refs.dtype == torch.uint8 else refs,
-               allowed) for refs, allowed in sct.references(data, ref_size, index, mine, x_all, y_all, draw)]
-    refs, allowed = (torch.cat(parts, dim) for parts, dim in zip(zip(*pieces), (0, 1)))
-    of_classes = 40 if not labels else 40 * len({int(i) % 4 for i in index[mine]}) // 4
-    assert len(refs) == {'batch': 8, 'all': of_classes, '6': 5 + 4}[ref_size]
-    for i, own in enumerate(index[mine]):
-        mine_among = [j for j in range(len(refs)) if allowed[i, j] and torch.equal(refs[j], x_all[mine][i])]
-        assert len(mine_among) == 1
-        number_of = lambda ref: int((common.normalise(data.images) == ref).flatten(1).all(1).nonzero()[0])
-        usable = {number_of(ref) for ref in refs[allowed[i]]}
-        if labels:
-            assert {j % labels for j in usable} == {int(own) % labels}
-        assert len(usable) > 1 or labels
+@pytest.mark.parametrize('n, labels', [(8, 100), (6, 0), (50, 100)])
+def test_drawn_references_are_n_of_the_samples_class(n, labels):
+    """x0 among them; with fewer in a class all of those. The posterior mean is that over them, by brute force."""
+    data = fake_data(1600, labels)                                              # 16 of each class
+    own = torch.tensor([3, 8, 103, 203, 8 + 1500, 5, 6, 7])
+    members = sct.class_members(data)
+    assert [len(part) for part in members] == ([16] * 100 if labels else [1600])
+    index, allowed = sct.draw_references(n, own, data, members, 7, 'step')
+    x0, refs = data.at(own, CPU)[0], data.at(index, CPU)[0]
+    t, whose = torch.linspace(0.5, 40, 8), []
+    x_t = x0 + t[:, None, None, None] * common.randn(x0.shape, 'noise')
+    for i in range(8):
+        used = [*index[allowed[i]].tolist(), int(own[i])]
+        assert len(used) == len(set(used)) == (min(n, 16) if labels else n)
+        assert not labels or {j % labels for j in used} == {int(own[i]) % labels}
+        whose.append(exact_mean(x_t[i:i + 1], t[i:i + 1], data.at(torch.tensor(used), CPU)[0]))
+    mean = sct.posterior_mean(x_t, t, torch.cat([refs, x0]), torch.cat([allowed, torch.eye(8, dtype=torch.bool)], 1))
+    torch.testing.assert_close(mean.double(), torch.cat(whose), rtol=0, atol=1e-4)
+    again, other = (sct.draw_references(n, own, data, members, 7, step)[0] for step in ('step', 'next'))
+    assert torch.equal(index, again) and not torch.equal(index, other)
+    part, _ = sct.draw_references(n, own[:4], data, members, 7, 'step')         # a process draws what all draw
+    assert set(part.tolist()) <= set(index.tolist())
+
+
+def test_every_image_of_a_class_is_drawn_equally_often():
+    data, own = fake_data(30, 3), torch.tensor([0, 4])
+    members, counts = sct.class_members(data), torch.zeros(30)
+    for step in range(2000):
+        index, allowed = sct.draw_references(4, own, data, members, step)
+        counts[index[allowed[0]]] += 1
+    others = counts[3::3]                                                       # 3 of 9 each time
+    assert counts[0] == 0 and counts.sum() == others.sum() == 6000 and (others - 2000 / 3).abs().max() < 110
+
+
+@pytest.mark.parametrize('ref_size, flip', [('batch', True), ('all', True), ('5', True), ('5', False)])
+def test_the_references_of_a_run(ref_size, flip, monkeypatch):
+    """Mirrored with the images, of the sample's class; and the points are made of their mean."""
+    seen, plain, runs_mean = [], sct.loss, sct.posterior_mean
+    monkeypatch.setattr(sct, 'posterior_mean', lambda x_t, t, refs, allowed=None: (
+        seen.append((refs, allowed)), runs_mean(x_t, t, refs, allowed))[1])
+    monkeypatch.setattr(sct, 'loss', lambda net, *inputs: (seen.append(inputs[:5]), plain(net, *inputs))[1])
+    assert run(*TINY, '--ref-size', ref_size, '--steps', 1, *['--flip'] * flip, '--resolution', 8) == 0
+    *drawn, (x_t, t, x0_hat, eps_hat, r) = seen
+    data, index = common.shapes(200, 8), common.batch_indices(200, 8, 0, 0)
+    images, y = common.normalise(data.images), data.labels[index]
+    x0 = images[index]
+    x0 = common.mirror(x0, 0, 0, 'flip') if flip else x0
+    assert not flip or not torch.equal(x0, images[index])
+    torch.testing.assert_close(x_t, x0 + t[:, None, None, None] * common.randn(x0.shape, 0, 0, 'noise'))
+    if ref_size == 'all':
+        refs, allowed = torch.cat([images, images.flip(3)]), (y[:, None] == data.labels).repeat(1, 2)
+    else:
+        (refs, allowed), = drawn
+        either = lambda image: ((images == image) | (images == image.flip(2))).flatten(1).all(1)
+        labels = torch.stack([data.labels[either(image)][0] for image in refs])
+        assert ((y[:, None] == labels) == allowed).all() or ref_size == '5'
+        assert (y[:, None] == labels)[allowed].all() and (ref_size == 'batch' or (allowed.sum(1) == 5).all())
+        upright = torch.stack([(images == image).flatten(1).all(1).any() for image in (refs if ref_size == 'batch' else refs[:-8])])
+        assert ref_size == 'batch' or upright.all() == (not flip)
+    torch.testing.assert_close(x0_hat.double(), exact_mean(x_t, t, refs, allowed), rtol=0, atol=1e-4)
+    torch.testing.assert_close(eps_hat, (x_t - x0_hat) / t[:, None, None, None])
+
+
+def test_more_references_than_a_class_has_are_said_once(capsys):
+    assert run(*TINY, '--ref-size', 30) == 0
+    assert capsys.readouterr().out.count('--ref-size 30: some class has but 20 images, which are all used') == 1
 
 
 def test_consistency_function_and_its_boundary():
@@ -171,6 +220,7 @@ def test_weights():
     x, t, r = torch.randn(2, 1, 4, 4), torch.tensor([0.5, 3.0]), torch.tensor([0.25, 1.0])
     plain = sct.loss(toy, x, t, x, x, r, weighting='gap') * (t - r)
     close(sct.loss(toy, x, t, x, x, r, weighting='edm'), plain * (t ** 2 + 0.25) / (0.5 * t) ** 2)
+    close(sct.loss(toy, x, t, x, x, r, weighting='t'), plain / t)
     u = sct.f(toy, x, t) - x
     close(sct.denoising_loss(toy, x, t, x), (t ** 2 + 0.25) / (0.5 * t) ** 2 * u.square().mean((1, 2, 3)))
 
@@ -243,7 +293,7 @@ def test_phased_target_at_the_edge_is_the_point_itself():
     refs = torch.tensor([-1.0, 1.0])[:, None, None, None]
     t, s = torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0.0, 0.5, 0.5])
     x_t = torch.tensor([0.3, 0.3, -2.0])[:, None, None, None]
-    x0_hat = sct.posterior_mean(x_t, t, [(refs, None)])
+    x0_hat = sct.posterior_mean(x_t, t, refs)
     close(x0_hat.flatten(), torch.tanh(x_t.flatten() / t ** 2))                 # E[x0 | x_t] of two points
     eps_hat = (x_t - x0_hat) / t[:, None, None, None]
 
@@ -347,8 +397,8 @@ def test_training_approaches_the_exact_consistency_function(ref_size):
         t = sct.upper_level(common.randn((512,), step, 't'), 0.5, 2.0)
         r = sct.lower_level(t, step * 8 // steps)
         x_t = x0 + t[:, None, None, None] * eps
-        x0_hat, eps_hat = sct.variance_reduced(None, ref_size, None, slice(0, 512), x0, torch.zeros(512), x_t, t, eps,
-                                               None)
+        x0_hat = x0 if ref_size == '1' else sct.posterior_mean(x_t, t, x0)
+        eps_hat = (x_t - x0_hat) / t[:, None, None, None]
         optimizer.zero_grad()
         sct.loss(net, x_t, t, x0_hat, eps_hat, r).mean().backward()
         optimizer.step()
@@ -358,16 +408,6 @@ def test_training_approaches_the_exact_consistency_function(ref_size):
     with torch.no_grad():
         error = sct.f(net, x, t) - x / (1 + t ** 2).sqrt()[:, None, None, None]
     assert error.square().mean().sqrt() < 0.05
-
-
-def test_references_lower_the_variance_of_the_target():
-    """At the same x_t the target eps_hat of the exact mean does not vary at all; that of one reference does."""
-    data = common.Data(torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8), torch.zeros(64), 0, None)
-    x_t, t = torch.randn(8, 3, 4, 4) * 3, torch.full((8,), 3.0)
-    index = torch.arange(8)
-    hats = [sct.variance_reduced(data, 'all', i, slice(0, 8), *data.at(i, torch.device('cpu')), x_t, t, None, None)[0]
-            for i in (index, index + 20)]
-    assert torch.equal(*hats)
 
 
 # Runs
@@ -437,30 +477,28 @@ def test_the_settings_of_a_run_reach_gap_and_loss(monkeypatch):
 
 def test_noise_and_levels_of_pretraining_and_tuning(monkeypatch):
     """Each of its own stream; the diffusion model has EDM's levels, and the posterior mean for a target too."""
-    made, used, target, denoising_loss = [], [], sct.variance_reduced, sct.denoising_loss
-
-    def note(*inputs):
-        made.append((*inputs[6:9], target(*inputs)))
-        return made[-1][-1]
-    monkeypatch.setattr(sct, 'variance_reduced', note)
+    made, used, mean, denoising_loss = [], [], sct.posterior_mean_of_all, sct.denoising_loss
+    monkeypatch.setattr(sct, 'posterior_mean_of_all', lambda x_t, t, *rest: (
+        made.append((x_t, t, mean(x_t, t, *rest))), made[-1][-1])[1])
     monkeypatch.setattr(sct, 'denoising_loss', lambda net, x_t, t, x0_hat, *rest: (
         used.append((x_t, t, x0_hat)), denoising_loss(net, x_t, t, x0_hat, *rest))[1])
     assert run(*TINY, '--steps', 2, '--pretrain-steps', 1, '--ref-size', 'all') == 0
-    for step, (x_t, t, eps, _) in enumerate(made):
-        assert torch.equal(eps, common.randn((8, 3, 8, 8), 0, step, 'noise'))
+    images = common.normalise(common.shapes(200, 8).images)
+    for step, (x_t, t, _) in enumerate(made):
         levels = (-1.1, 2.0) if step else (-1.2, 1.2)
         assert torch.equal(t, sct.upper_level(common.randn((8,), 0, step, 'level'), *levels))
-    x_t, t, _, (x0_hat, _) = made[0]
-    assert len(made) == 2 and all(map(torch.equal, used[0], (x_t, t, x0_hat)))
+        x0, eps = images[common.batch_indices(200, 8, step, 0)], common.randn((8, 3, 8, 8), 0, step, 'noise')
+        assert torch.equal(x_t, x0 + t[:, None, None, None] * eps)
+    assert len(made) == 2 and all(map(torch.equal, used[0], made[0]))
 
 
 def test_references_are_drawn_anew_in_every_step(monkeypatch):
-    seen, plain = [], sct.variance_reduced
-    monkeypatch.setattr(sct, 'variance_reduced', lambda *inputs: (seen.append(inputs[-1](50)), plain(*inputs))[1])
-    assert run(*TINY, '--seed', 3) == 0
-    for step, others in enumerate(seen):
-        assert torch.equal(others, torch.randint(200, (50,), generator=common.generator(3, step, 'references')))
-    assert len(seen) == 4 and not torch.equal(seen[0], seen[1])
+    seen, plain = [], sct.draw_references
+    monkeypatch.setattr(sct, 'draw_references', lambda *inputs: (seen.append((inputs, plain(*inputs))), seen[-1][1])[1])
+    assert run(*TINY, '--seed', 3, '--ref-size', 5) == 0
+    for step, ((n, own, *_, seed, number, _), _) in enumerate(seen):
+        assert (n, seed, number) == (5, 3, step) and torch.equal(own, common.batch_indices(200, 8, step, 3))
+    assert len(seen) == 4 and not torch.equal(seen[0][1][0], seen[1][1][0])
 
 
 def test_labels_reach_student_teacher_and_guide(monkeypatch):
@@ -627,7 +665,8 @@ def test_wrong_flags(refused, tmp_path, monkeypatch):
     refused(sct, ['--sample', __file__], 'test_sct.py', 'cannot be read')
     refused(sct, '--evaluate runs/sct-shapes --fid-ref nowhere.npz', 'nowhere.npz')
     refused(sct, '--mults 1,2,2,2,2,2 --out x', 'cannot be halved')
-    refused(sct, '--arch edm2 --width 40 --out x', 'channels_per_head')
+    refused(sct, '--flip yes --out x', 'yes')
+    refused(sct, '--weighting some --out x', '--weighting', 'gap')
     Path('file').write_text('')
     refused(sct, [*TINY, '--out', 'file'], 'file is a file')
     if not torch.cuda.is_available():

@@ -462,6 +462,31 @@ def test_in_pretraining_the_noise_is_independent_and_the_encoder_becomes_so(monk
     assert kl[-1] < kl[0] / 5
 
 
+def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
+    """In training, keyed; student and teacher keep the same one; a run that was cut short goes on bit for bit."""
+    masks, plain = [], torch.nn.functional.dropout
+    monkeypatch.setattr(unet, 'drop', lambda x, p, training: (
+        masks.append((x.shape, torch.get_rng_state())) if training else None, plain(x, p, training))[1])
+    flags = [*TINY, '--dropout', 0.5, '--microbatch', 4, '--out']
+    assert run(*flags, 'whole') == 0
+    net = vct.load('whole')
+    blocks = [sum(hasattr(m, 'dropout') for m in part.modules()) for part in (net.encoder, net)]
+    n, both = blocks[0], blocks[1] - blocks[0]
+    encoder, student, teacher = masks[:n], masks[n:n + both], masks[n + both:n + 2 * both]
+    for a, b in zip(student, teacher, strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1])
+    assert not torch.equal(encoder[0][1], student[0][1])
+    starts = {bytes(state.numpy()) for _, state in masks[::n + 2 * both]}
+    assert len(masks) == 4 * 2 * (n + 2 * both) and len(starts) == 8            # anew in each step and part of it
+    masks.clear()
+    vct.sample(net, 4, nfe=2)
+    assert not masks
+    monkeypatch.setattr(common.Log, 'step', lambda log, number, step=common.Log.step, **values: (
+        setattr(log, 'signal', number == 2), step(log, number, **values))[1])
+    assert run(*flags, 'cut') == 0 and len(lines('cut')) == 2
+    assert run('--resume', '--out', 'cut') == 0 and same(weights('whole'), weights('cut'))
+
+
 def test_labels_reach_network_and_encoder(monkeypatch):
     seen, plain = [], common.network
 

@@ -1,0 +1,248 @@
+"""Every preset of every script, value by value, against what the papers and their published code set.
+
+The tables are written down from those, not from PRESETS: networks with their numbers of parameters, dropout by
+resolution and coupling, optimiser, average, noise levels, loss, mirroring, sampling. `ours` marks what no paper sets.
+"""
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import fid
+import gc_ct
+import sct
+import unet
+import vct
+from conftest import lines, same, weights
+
+MODULES = dict(sct=sct, gc_ct=gc_ct, vct=vct)
+EDM, EDM2 = (f'https://nvlabs-fi-cdn.nvidia.com/{path}' for path in ('edm/pretrained', 'edm2/posthoc-reconstructions'))
+RUN = set('''script dataset data_dir out seed precision compile microbatch gpus device labels inception fid_ref eval_every
+    analyse checkpoint'''.split())                                                # how it is run; checkpoint: see init
+
+RADAM, ADAM = dict(optimizer='RAdam', betas=[0.9, 0.999]), dict(optimizer='Adam', betas=[0.9, 0.99])
+LION = dict(optimizer='Lion', betas=[0.9, 0.99])
+COMMON = dict(arch='songunet', width=128, cond=False, flip=False, dropout_res=None, init='none', pretrain_steps=0,
+              lr=1e-4, lr_decay=None, ema=0.9999, t_mid=0.821, P_mean=-1.1, P_std=2.0, nfe=[1],
+              save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
+GAP = dict(q=2.0, k=8.0, b=1.0, stages=8)                       # ECT's: r = t (1 - n(t) / q^(stage + 1)), 8 stages
+LEVELS = dict(s0=10, s1=1280)                                   # iCT's: 10 to 1280 pairs of levels
+DDPMPP = dict(mults=[2, 2, 2], blocks=4, attn_resolutions=[16])         # EDM's network for CIFAR-10
+EDM2_S = dict(arch='edm2', width=192, mults=[1, 2, 3, 4], blocks=3, attn_resolutions=[16, 8], resolution=64, cond=True)
+EDM2_RUN = ADAM | dict(lr=1e-3, lr_decay=2000, ema_std=0.1, dropout=0.4, dropout_res=16, t_mid=1.526)
+EDM2_ECT = dict(P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm')
+
+ECT = COMMON | GAP | DDPMPP | RADAM | dict(
+    dropout=0.2, c=0.0, weighting='gap', batch=128, steps=400_000, ema_std=None, resolution=32,
+    # SCT on top of it
+    schedule='smooth', ref_size='all', phases=1, edges=None, eta=1.0, keep_ema=None)
+SCT = {
+    'cifar10': (ECT | dict(init=f'{EDM}/edm-cifar10-32x32-uncond-vp.pkl'), 55_732_739),
+    'fmnist': (ECT | dict(resolution=28, width=64, attn_resolutions=[14]), 13_952_897),                         # ours
+    'folder': (ECT | dict(resolution=None), 55_732_739),                                                        # ours
+    'imagenet64': (ECT | EDM2_S | EDM2_RUN | EDM2_ECT | dict(
+        steps=100_000, ref_size='batch', init=f'{EDM2}/edm2-img64-s-1073741-0.075.pkl'), 280_209_253)}
+for size, width, lr, count in [
+        ('m', 256, 9e-4, 497_803_045), ('l', 320, 8e-4, 777_492_197), ('xl', 384, 7e-4, 1_119_276_709)]:
+    SCT[f'imagenet64-{size}'] = SCT['imagenet64'][0] | dict(width=width, lr=lr, dropout=0.5, init='none'), count
+
+GC_ICT = COMMON | LEVELS | LION | dict(
+    schedule='ict', coupling='gc', mu=0.5, endpoint='ema', ema_every=5, c=0.00054, q=None, stages=None, dropout=0.0,
+    mults=[1, 2, 2], blocks=3, attn_resolutions=[], batch=512, steps=100_000, resolution=32, dropout_ic=0.3)
+GC_ECT = GAP | RADAM | dict(schedule='ect', c=0.0, mu=0.3)
+IMAGENET32 = GC_ICT | dict(mults=[1, 1, 2], blocks=[3, 5, 7], attn_resolutions=[16], steps=150_000, lr=8e-5,
+                           dropout_ic=[0, 0.2, 0.2])
+CELEBA64 = GC_ICT | dict(mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], steps=150_000, lr=8e-5, batch=128, resolution=64,
+                         dropout_ic=[0, 0, 0.2, 0.2])
+GC_FMNIST = GC_ICT | dict(resolution=28, width=64, batch=128)                                                   # ours
+ECT_CIFAR = GC_ICT | GC_ECT | DDPMPP | dict(dropout=0.2, batch=128, steps=400_000)
+GC = {
+    'cifar10': (GC_ICT, 34_711_811), 'imagenet32': (IMAGENET32, 39_479_683), 'celeba64': (CELEBA64, 59_582_723),
+    'fmnist': (GC_FMNIST, 8_690_561), 'folder': (GC_ICT | dict(resolution=None), 34_711_811),
+    'cifar10 --schedule ect': (ECT_CIFAR | dict(init=f'{EDM}/edm-cifar10-32x32-uncond-vp.pkl'), 55_732_739),
+    'imagenet32 --schedule ect': (IMAGENET32 | GC_ECT, 39_479_683),                                             # ours
+    'celeba64 --schedule ect': (CELEBA64 | GC_ECT, 59_582_723),                                                 # ours
+    'fmnist --schedule ect': (GC_FMNIST | GC_ECT, 8_690_561),                                                   # ours
+    'folder --schedule ect': (ECT_CIFAR | dict(resolution=None), 55_732_739)}                                   # ours
+for coupling in ('ic', 'ot'):                                   # the baselines have dropout, generated pairs none
+    for name, dropout in ('cifar10', 0.3), ('imagenet32', [0, 0.2, 0.2]), ('celeba64', [0, 0, 0.2, 0.2]):
+        settings, count = GC[name]
+        GC[f'{name} --coupling {coupling}'] = settings | dict(coupling=coupling, dropout=dropout), count
+
+VC = COMMON | GAP | LEVELS | RADAM | DDPMPP | dict(
+    coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', clip=200.0, ema_std=None, resolution=32,
+    steps=400_000, batch=128, dropout=0.2)
+VC_ICT = VC | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)
+VC_ECM = VC | dict(base='ecm', beta=10.0, huber='vector', c=0.0)
+VC_FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
+FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
+VC_IMAGENET = EDM2_S | EDM2_RUN | dict(encoder='big', kernel='li', steps=200_000, q=4.0)
+VCT = {
+    'cifar10': (VC_ICT | dict(dropout=0.3, batch=512, flip=True), 55_732_739, 1_562_246),
+    'cifar10 --base ecm': (VC_ECM | dict(flip=True, init=f'{EDM}/edm-cifar10-32x32-uncond-vp.pkl'),
+                           55_732_739, 1_562_246),
+    'fmnist': (VC_ICT | VC_FMNIST | dict(dropout=0.3), 13_621_377, 1_525_826),
+    'fmnist --base ecm': (VC_ECM | VC_FMNIST, 13_621_377, 1_525_826),                                           # ours
+    'ffhq64': (VC_ECM | FFHQ | dict(init=f'{EDM}/edm-ffhq-64x64-uncond-vp.pkl'), 61_804_419, 1_772_070),
+    'ffhq64 --base ict': (VC_ICT | FFHQ, 61_804_419, 1_772_070),                                                # ours
+    'imagenet64': (VC_ECM | VC_IMAGENET | EDM2_ECT | dict(
+        beta=90.0, init=f'{EDM2}/edm2-img64-s-1073741-0.075.pkl'), 280_209_253, 6_162_269),
+    'imagenet64 --base ict': (VC_ICT | VC_IMAGENET, 280_209_253, 6_162_269),                                    # ours
+    'folder': (VC_ICT | dict(dropout=0.3, batch=512, resolution=None), 55_732_739, 1_562_246),                  # ours
+    'folder --base ecm': (VC_ECM | dict(resolution=None), 55_732_739, 1_562_246)}                               # ours
+for coupling in ('independent', 'ot'):                          # not clipped, no encoder
+    for base in ('', ' --base ecm'):
+        settings, count, _ = VCT[f'cifar10{base}']
+        VCT[f'cifar10{base} --coupling {coupling}'] = settings | dict(coupling=coupling, clip=0.0), count
+
+TABLE = [(script, flags, *values) for script, table in [('sct', SCT), ('gc_ct', GC), ('vct', VCT)]
+         for flags, values in table.items()]
+
+
+def printed(script, flags, capsys):
+    """What --dry-run prints, but for what is of the run."""
+    assert common.run(MODULES[script].main, [*f'--dataset {flags}'.split(), '--dry-run']) == 0
+    return {name: value for name, value in json.loads(capsys.readouterr().out).items() if name not in RUN}
+
+
+def networks(script, settings, channels):
+    """The network, and VCT's encoder or None, that the settings bring, without memory."""
+    labels = {True: 1000, False: 0}[settings['cond']]
+    args = argparse.Namespace(**settings | dict(in_channels=channels, label_dim=labels,
+                                                resolution=settings['resolution'] or 32))
+    with torch.device('meta'):
+        net = unet.make_network(args)
+        return net, getattr(vct.add_encoder(net, args), 'encoder', None) if script == 'vct' else None
+
+
+def parameters(net, without='encoder.'):
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith(without))
+
+
+@pytest.mark.parametrize('script, flags, published, count, encoder', [(*row, None)[:5] for row in TABLE],
+                         ids=[f'{row[0]} {row[1]}' for row in TABLE])
+def test_preset(script, flags, published, count, encoder, capsys):
+    pytest.importorskip('scipy') if 'ot' in flags.split() else None
+    settings = printed(script, flags, capsys)
+    differ = {name: (settings.get(name), published.get(name)) for name in settings | published
+              if settings.get(name) != published.get(name)}
+    assert not differ, f'(here, published): {differ}'
+    net, small = networks(script, settings, 1 if 'fmnist' in flags else 3)
+    assert parameters(net) == count and (small and parameters(small)) == encoder
+
+    dropout, levels = settings['dropout'], len(settings['mults'])
+    by_level = dropout if isinstance(dropout, list) else [dropout] * levels
+    for part in [net] + [small] * bool(small):                  # by resolution; the encoder's is the network's
+        for name, block in [*part.enc.items(), *part.dec.items()]:
+            if hasattr(block, 'dropout'):
+                res = int(name.split('x')[0])
+                level = [part.img_resolution >> i for i in range(levels)].index(res)
+                expected = 0.0 if settings['dropout_res'] and res > settings['dropout_res'] else by_level[level]
+                assert block.dropout == expected, name
+
+
+def test_every_preset_is_in_the_table():
+    rows = {(script, flags) for script, flags, *_ in TABLE}
+    for script, module in MODULES.items():
+        switch = dict(sct=None, gc_ct='schedule', vct='base')[script]
+        for key in module.PRESETS:
+            name, value = key if isinstance(key, tuple) else (key, None)
+            usual = value is None or module.PRESETS[name] == module.PRESETS[key]
+            assert name == 'shapes' or (script, name if usual else f'{name} --{switch} {value}') in rows, (script, key)
+
+
+def attention(net):
+    return {name: getattr(block, 'heads', 1) for name, block in [*net.enc.items(), *net.dec.items()]
+            if hasattr(block, 'qkv') or hasattr(block, 'attn_qkv')}
+
+
+def test_where_attention_is(capsys):
+    """GC's CIFAR-10 and CelebA-64 and VCT's Fashion-MNIST have it at the bottom alone."""
+    for script, flags, bottom in [('gc_ct', 'cifar10', '8x8_in0'), ('gc_ct', 'celeba64', '8x8_in0'),
+                                  ('vct', 'fmnist', '7x7_in0')]:
+        net, _ = networks(script, printed(script, flags, capsys), 3)
+        assert attention(net) == {bottom: 1}
+    net, encoder = networks('vct', printed('vct', 'imagenet64', capsys), 3)
+    assert set(attention(net).values()) == {9, 12}              # 576 and 768 channels in heads of 64
+    assert set(attention(encoder).values()) == {1, 2}           # one head of 96, two of 64
+    assert not attention(unet.EDM2UNet(8, 3, 3, model_channels=32, channel_mult=[1], attn_resolutions=[8]))
+    assert isinstance(encoder, unet.EDM2UNet) and encoder.label_dim == 1000
+
+
+def test_a_given_decay_wins_over_the_presets_average(refused, capsys):
+    for script in ('sct', 'vct'):
+        assert printed(script, 'imagenet64 --ema 0.99', capsys) == printed(script, 'imagenet64', capsys) | dict(
+            ema=0.99, ema_std=None)
+        assert printed(script, 'imagenet64 --ema-std 0.05', capsys)['ema_std'] == 0.05
+        refused(MODULES[script], '--ema 0.9 --ema-std 0.05 --dry-run', '--ema and --ema-std')
+
+
+def test_a_shorter_run_has_a_shorter_start(capsys):
+    for script, flags in ('sct', 'shapes'), ('vct', 'shapes'), ('gc_ct', 'shapes --schedule ect'):
+        preset = printed(script, flags, capsys)
+        for steps in (1, 20, preset['steps'] // 2):
+            share = printed(script, f'{flags} --steps {steps}', capsys)['pretrain_steps'] / steps
+            assert abs(share - preset['pretrain_steps'] / preset['steps']) <= 0.5001 / steps
+        assert printed(script, f'{flags} --steps 20 --pretrain-steps 7', capsys)['pretrain_steps'] == 7
+        longer = printed(script, f'{flags} --steps 100000', capsys)
+        assert longer['pretrain_steps'] == preset['pretrain_steps']
+
+
+# The average, mirroring
+
+def test_the_average_does_not_hold_the_random_weights_that_pretraining_starts_from(script, monkeypatch):
+    """EDM's half-life of 5 % of the images seen; from the first step of tuning on, the decay of --ema."""
+    switch = dict(sct=[], vct=['--base', 'ecm'], gc_ct=['--schedule', 'ect'])[script.name]
+    decays, plain = [], common.update_ema
+    monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (
+        decays.append(decay), plain(ema, net, decay))[1])
+    assert script.train(*switch, '--steps', 5, '--pretrain-steps', 3, '--ema', 0.01) == 0
+    if script.name == 'gc_ct':                                  # GC's own, from 0, in both
+        expected = [min(1 - (1 + step) ** (-2 / 3), 0.01) for step in (0, 1, 2, 0, 1)]
+    else:
+        expected = [0.5 ** 20, 0.5 ** 10, 0.5 ** (20 / 3), 0.01, 0.01]
+    np.testing.assert_allclose(decays, expected)
+    decays.clear()
+    assert script.train(*switch, '--steps', 1, '--pretrain-steps', 1, '--ema', 1e-9, '--overwrite') == 0
+    assert decays[0] <= 1e-9                                    # never above --ema
+
+
+
+def test_mirroring_is_keyed_and_of_half_the_images():
+    images = torch.rand(2000, 3, 4, 4)
+    flipped = common.mirror(images, 0, 7, 'flip')
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    assert 900 < mirrored.sum() < 1100 and torch.equal(flipped[~mirrored], images[~mirrored])
+    assert torch.equal(flipped, common.mirror(images, 0, 7, 'flip'))
+    assert not torch.equal(flipped, common.mirror(images, 0, 8, 'flip'))
+    assert not torch.equal(flipped, common.mirror(images, 1, 7, 'flip'))
+
+
+def test_a_run_with_mirroring(script, command, tmp_path, monkeypatch, capsys, few_pictures):
+    """Two processes equal one, resumed equals uninterrupted; the distance is from the data as they are."""
+    flags = [*few_pictures, *script.small, '--flip', '--steps', 6, '--device', 'cpu']
+    references = []
+    measured = fid.dataset_statistics
+    monkeypatch.setattr(fid, 'dataset_statistics', lambda images, *rest: (
+        references.append(images), measured(images, *rest))[1])
+    evaluate = ['--eval-every', 6, '--fid-features', 'pixels']
+    assert script.run(*flags, *evaluate, '--out', 'whole') == script.run(*flags, '--no-flip', '--out', 'plain') == 0
+    data = common.image_folder(tmp_path / few_pictures[-1], 8)
+    assert torch.equal(references[0], data.images)
+    assert lines('whole')[0]['loss'] != lines('plain')[0]['loss']
+
+    step, stop = common.Log.step, lambda log, number, **values: (
+        setattr(log, 'signal', number == 3), step(log, number, **values))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Log, 'step', stop)
+        assert script.run(*flags, '--out', 'cut') == 0
+    assert len(lines('cut')) == 3 and script.run('--resume', '--data-dir', few_pictures[-1], '--out', 'cut') == 0
+    assert same(weights('whole'), weights('cut'))
+
+    done = command(f'{script.name}.py', *flags, '--out', 'two', '--gpus', 2)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(lines('whole'), lines('two')):
+        assert one.get('loss', 0) == pytest.approx(two.get('loss', 0), rel=2e-3)
