@@ -14,8 +14,9 @@ To copy into your own project: the networks (sections 1 and 2) need nothing but 
 """
 import io
 import math
+import pickle
 import pickletools
-import struct
+import types
 import zipfile
 import zlib
 from collections import namedtuple
@@ -421,7 +422,7 @@ def initial_network(args, device, tunes=False):
         path = next((path for path in (run / 'final.pt', run / 'checkpoint.pt') if path.exists()), args.init)
         with common.one_first():
             state = load_pretrained(path, common.cache_folder(args))[0]
-        load_weights(net, {name: value for name, value in state.items() if not name.startswith('encoder.')}, args.init)
+        load_weights(net, state, args.init)
     return net.to(device, memory_format=torch.channels_last)                    # channels last: convolutions run faster
 
 
@@ -432,15 +433,16 @@ URLS = {    # the diffusion models that the papers tune
     'cifar10': f'{NVIDIA}/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl',
     'ffhq64': f'{NVIDIA}/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl',
     'imagenet64': f'{NVIDIA}/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'}
+FORMATS = {'model.': 'edm', 'unet.': 'edm2', '': 'state_dict'}      # by the network's name within its preconditioner
 
 
 def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tuple[dict[str, torch.Tensor], dict]:
     """Weights of a published network. -> (state_dict: dict name -> float32 tensor, about: dict of plain values)
 
     Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project (of which it gives the moving
-    average) and state dicts of torch.save, and runs nothing in them. http(s):// and file:// addresses go through the
-    folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says of itself: its `format`,
-    arguments of the network, sigma_data. Raises common.UserError for what cannot be had, read or trusted.
+    average, without VCT's encoder) and state dicts of torch.save, and runs nothing in them. http(s):// and file://
+    addresses go through the folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says
+    of itself: `format`, arguments of the network, sigma_data. Raises common.UserError for what cannot be had or read.
     """
     import common
     path = Path(path_or_url)
@@ -453,7 +455,15 @@ def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tupl
         except common.UserError as error:
             raise common.UserError(f'{error}; --init PATH takes a file that you have, --pretrain-steps N needs none')
     try:
-        return read_checkpoint(path.read_bytes())
+        top = read(path.read_bytes())
+        ema = top.get('ema', top) if isinstance(top, dict) else {}
+        weights = dict(named_tensors(ema if '_modules' in ema else {'_parameters': ema}))
+        if not weights:
+            raise ValueError('it holds neither a network nor a state dict')
+        prefix = next(prefix for prefix in FORMATS if any(name.startswith(prefix) for name in weights))
+        about = top | top.get('config', {}) | ema.get('_init_kwargs', {}) | ema | {'format': FORMATS[prefix]}
+        return ({name.removeprefix(prefix): dense(p) for name, p in weights.items() if not name.startswith('encoder.')},
+                {name: value for name, value in about.items() if type(value) in (str, int, float, bool, list)})
     except Exception as error:          # whatever Python says about a file that is damaged or not a checkpoint
         reason = getattr(error, 'strerror', None) or str(error).split('\n')[0][:200] or type(error).__name__
         raise common.UserError(f'{path} cannot be read as a checkpoint: {reason}')
@@ -476,185 +486,86 @@ def load_weights(net, state_dict, source):
     net.load_state_dict(state_dict, strict=False)
 
 
-def read_checkpoint(data):
-    """The bytes of a checkpoint -> (state_dict, about), as `load_pretrained` gives them."""
-    top = read_file(data, left=4 * len(data))
-    ema = top.get('ema', top) if type(top) is dict else None
-    match ema:
-        case {'class_name': name, 'state': dict(state)}:
-            form, stored = 'module', dict(named_tensors(ema))
-            about = {'class_name': name} | state.get('_init_kwargs', {}) | state
-        case dict() if ema:
-            form, stored = 'state_dict' if ema is top else 'checkpoint', ema
-            about = {} if ema is top else top | top.get('config', {})
-        case _:
-            raise ValueError('it holds neither a network nor a state dict')
-
-    views = {str(name): view(value) for name, value in stored.items()}
-    if sum(value.numel() for value in views.values()) > 4 * len(data):      # many views may show the same numbers
-        raise ValueError('it unpacks to far more than its size')
-    tensors = {name: value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-               for name, value in views.items()}
-    for prefix, wrapper in ('model.', 'edm'), ('unet.', 'edm2'):            # the network is part of its preconditioner
-        if any(name.startswith(prefix) for name in tensors):
-            tensors, form = {name.removeprefix(prefix): p for name, p in tensors.items()}, wrapper
-    plain = lambda value: type(value) in (str, int, float, bool, type(None))
-    about = {name: value for name, value in about.items() if not str(name).startswith('_') and name != 'training'
-             and (plain(value) or type(value) in (list, tuple) and all(map(plain, value)))}
-    return tensors, about | {'format': form}
-
-
 def named_tensors(module, prefix=''):
-    """The tensors of a module and of its parts (KNOWN says what a module is), named as torch's own state_dict does."""
-    state = module.pop('state', None)
-    if state is None:                                           # each reference to a part would double what is in it
-        raise ValueError(f'{prefix} is part of the network twice')
+    """The tensors of a module, here a dict of its attributes, and of its parts, named as in a state dict."""
     for group in '_parameters', '_buffers', '_modules':
-        for key, value in state.get(group, {}).items():
-            name = prefix + key
-            if len(name) > 1000:                                # a long name for each of many nested parts adds up
-                raise ValueError('a name in it is too long')
-            if type(value) is dict:
-                yield from named_tensors(value, f'{name}.')
-            elif value is not None:
-                yield name, value
+        for name, value in module.pop(group, {}).items():           # pop: 60 parts may refer to each other 2^60 times
+            if isinstance(value, Stored):
+                yield prefix + name, value
+            elif isinstance(value, dict):
+                yield from named_tensors(value, f'{prefix}{name}.')
 
 
-def view(stored):
-    """StoredTensor -> torch.Tensor that shows it: within its storage (as_strided sees to that), and no number twice."""
-    match stored:
-        case StoredTensor(Storage(dtype, numel, data), offset, size, stride) if len(size) <= 16:
-            if len(data) != numel * dtype.itemsize:
-                raise ValueError('it is cut short: numbers of a tensor are missing')
-            shown = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0)).as_strided(size, stride, offset)
-            if max((shown.numel(), *shown.shape)) <= numel:
-                return shown
-    raise ValueError('something among its weights is no tensor, or not one of its numbers')
+def dense(stored):
+    """Stored -> its float32 tensor, in memory of its own; as_strided refuses what is not within its storage."""
+    (dtype, _, numbers), offset, size, stride = stored
+    shown = torch.frombuffer(numbers or bytearray(8), dtype=dtype).as_strided(size, stride, offset)
+    return shown.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-# 4. Reading files without running them
-#
-# A pickle is a program for a small stack machine, and two of its instructions call whatever the file names. `unpickle`
-# is such a machine with the instructions that checkpoints need, and with harmless functions in place of the names that
-# they need, KNOWN. All else is an error. Nothing is imported or called by the file's will, and what it can make this
-# program allocate is a small multiple of its own size.
+# 4. Reading files without running them: a pickle calls what it names, and here it can name KNOWN alone
 
-Storage = namedtuple('Storage', 'dtype numel data')                         # data: bytearray, filled after the pickle
-StoredTensor = namedtuple('StoredTensor', 'storage offset size stride')     # a part of a Storage
-STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
-    Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
-    Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
-NUMBERS = dict(b1='?', i1='b', u1='B', i2='h', u2='H', i4='i', u4='I', i8='q', u8='Q', f2='e', f4='f', f8='d')
+Stored = namedtuple('Stored', 'storage offset size stride')             # a tensor; storage: (dtype, numel, bytearray)
 
 
-def numpy_dtype(code, *_):
-    """A numpy.dtype of numbers -> how to unpack one; ValueError for any other."""
-    if type(code) is not str or code not in NUMBERS:
-        raise ValueError(f'it has a numpy.dtype {code[:20] if type(code) is str else ""}, which is no number')
-    return struct.Struct('<' + NUMBERS[code])
+class Inert(dict):
+    """Stands for the objects of all classes: their items, and the attributes that the file gives them."""
+
+    def __setstate__(self, state):              # a file that sets attributes of this class itself also ends up here
+        self.update(state if isinstance(state, dict) else {})
 
 
-KNOWN = STORAGES | {
-    '_codecs.encode': lambda text, _: text.encode('latin1'),                # how protocol 2 writes bytes
-    'builtins.getattr': lambda *_: None,                                    # a bound method in ECT's loss
-    'builtins.set': lambda items: items,
-    'collections.OrderedDict': lambda: {},
-    'dnnlib.util.EasyDict': lambda: {},
-    'numpy.dtype': numpy_dtype,
-    'numpy.core.multiarray.scalar': lambda dtype, data: dtype.unpack(data)[0],
+KNOWN = {f'torch.{name}Storage': getattr(torch, name.lower()) for name in
+         'Float Double Half BFloat16 Long Int Short Bool'.split()} | {
+    'torch.ByteStorage': torch.uint8, 'torch.CharStorage': torch.int8, 'collections.OrderedDict': Inert,
+    'dnnlib.util.EasyDict': Inert, 'torch.nn.modules.container.ModuleDict': Inert,
+    'builtins.getattr': lambda *_: Inert(), 'builtins.set': lambda *_: Inert(), 'numpy.dtype': lambda *_: Inert(),
+    'numpy.core.multiarray.scalar': lambda *_: Inert(),
+    '_codecs.encode': lambda text, _: text.encode('latin1'),            # how protocol 2 writes bytes
     'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
-    'torch._utils._rebuild_tensor_v2': lambda *args: StoredTensor(*args[:4]),
-    'torch.storage._load_from_bytes': lambda data: read_file(data, left=0),
-    # A module is a dict with `class_name` and `state`, its __dict__. The program in `module_src` stays unread.
-    'torch_utils.persistence._reconstruct_persistent_obj': lambda module: module,
-    'torch.nn.modules.container.ModuleDict': lambda: {'class_name': 'ModuleDict', 'state': {}}}
+    'torch._utils._rebuild_tensor_v2': lambda *args: Stored(*args[:4]),
+    'torch.storage._load_from_bytes': lambda data: read(data),
+    'torch_utils.persistence._reconstruct_persistent_obj': lambda meta: meta['state']}
 
 
-def unpickle(file, storages, left):
-    """One pickle -> dicts, lists, tuples, text, bytes, numbers, StoredTensor.
+class Unpickler(pickle.Unpickler):
+    """Reads the next pickle of a file; the dict `storages` gets the storages that it refers to, still empty."""
 
-    A Storage that it refers to is put into the dict `storages`. left: how much the calls in it may take, in bytes.
-    """
-    stack, below, memo = [], [], {}                                         # below: what each MARK has put aside
-    for instruction, value, _ in pickletools.genops(file):
-        operands, items = instruction.stack_before, []
-        if pickletools.markobject in operands:                              # it takes all that came since the last MARK
-            operands, items, stack = operands[:-2], stack, below.pop()
-        operands = [stack.pop() for _ in operands][::-1]
-
-        match instruction.name, *operands, *items:
-            case ('PROTO' | 'FRAME' | 'POP' | 'POP_MARK'), *_:
-                continue
-            case ['MARK']:
-                below.append(stack)
-                stack = []
-                continue
-            case ['BINPUT' | 'LONG_BINPUT']:
-                memo[value] = stack[-1]
-                continue
-            case 'MEMOIZE', value:
-                memo[len(memo)] = value
-            case ['BINGET' | 'LONG_BINGET']:
-                value = memo[value]
-            case ['BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'BINFLOAT' | 'BINUNICODE' | 'SHORT_BINUNICODE'
-                  | 'BINUNICODE8' | 'BINBYTES' | 'SHORT_BINBYTES' | 'BINBYTES8']:
-                pass                                                        # the value is in the file
-            case ['NONE' | 'NEWTRUE' | 'NEWFALSE' | 'EMPTY_DICT' | 'EMPTY_LIST' | 'EMPTY_SET' as name]:
-                value = dict(NONE=None, NEWTRUE=True, NEWFALSE=False, EMPTY_DICT={}, EMPTY_LIST=[], EMPTY_SET=[])[name]
-            case ('EMPTY_TUPLE' | 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3'), *items:
-                value = tuple(items)
-            case ('APPEND' | 'APPENDS' | 'ADDITEMS'), list(value), *items:  # sets are lists: nothing in them is hashed,
-                value.extend(items)
-            case ('SETITEM' | 'SETITEMS'), dict(value), *items:             # as tuples of tuples may take forever to
-                if any(type(key) not in (str, int) for key in items[::2]):
-                    raise ValueError('a dict in it has keys that are neither text nor numbers')
-                value.update(zip(items[::2], items[1::2], strict=True))
-            case ('GLOBAL' | 'STACK_GLOBAL'), *names:
-                name = '.'.join(names or value.split(' '))
-                name = name.replace('__builtin__', 'builtins').replace('numpy._core', 'numpy.core')
-                if name not in KNOWN:
-                    raise ValueError(f'it asks for {name[:100]}, unknown to checkpoints; nothing of it was run')
-                value = KNOWN[name]
-            case 'BINPERSID', ('storage', torch.dtype() as dtype, str(key), _, int(numel), *rest) if not any(rest):
-                value = storages.setdefault(key, Storage(dtype, numel, bytearray()))
-            case 'BINPERSID', ('module', value, *_):                        # a class, in torch.save's old format
-                pass
-            case ('REDUCE' | 'NEWOBJ'), function, tuple(args) if callable(function):        # only KNOWN's are callable
-                left -= sum(len(arg) if type(arg) in (str, bytes) else 1 for arg in args)
-                if left < 0:
-                    raise ValueError('it unpacks to far more than its size')
-                value = function(*args)
-            case 'BUILD', value, state:                                     # attributes are of interest in modules only
-                if type(value) is type(state) is dict and 'class_name' in value:
-                    value['state'] = state
-            case 'STOP', value:
-                return value
-            case _:
+    def __init__(self, file, storages):
+        super().__init__(file)
+        self.storages, begin, tuples = storages, file.tell(), 0
+        for instruction, value, _ in pickletools.genops(file):
+            tuples += 'TUPLE' in instruction.name                       # hashing tuples in tuples overflows the stack
+            if tuples > 50_000 or 'EXT' in instruction.name or 'PUT' in instruction.name and value > 10 ** 6:
                 raise ValueError(f'it uses the pickle instruction {instruction.name} as no checkpoint does')
-        stack.append(value)
+        file.seek(begin)
+
+    def find_class(self, module, name):
+        name = f'{module}.{name}'.replace('__builtin__', 'builtins').replace('numpy._core', 'numpy.core')
+        if name not in KNOWN:
+            raise ValueError(f'it asks for {name!r:.100}, unknown to checkpoints; nothing of it was run')
+        known = KNOWN[name]                     # functions are handed out anew: a file can set attributes of its own
+        return (lambda *args: known(*args)) if isinstance(known, types.FunctionType) else known
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, numel = pid[:5]
+        return self.storages.setdefault(key, (dtype, numel, bytearray()))
 
 
-def read_file(data, left):
-    """The bytes of a pickle, or of a file of torch.save -> as `unpickle`."""
+def read(data):
+    """The bytes of a pickle or of a file of torch.save -> what is in it: numbers, text, lists, dicts, Stored."""
     file, storages = io.BytesIO(data), {}
     if data.startswith(b'PK'):
         archive = zipfile.ZipFile(file)
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > len(data) or any(entry.compress_type for entry in entries):
-            raise ValueError('it is compressed, as no checkpoint is, and may unpack to far more than its size')
-        main = next((name for name in archive.namelist() if name.endswith('/data.pkl')), 'data.pkl')
-        value = unpickle(io.BytesIO(archive.read(main)), storages, left)
-        for key, storage in storages.items():
-            storage.data.extend(archive.read(f'{main.removesuffix(".pkl")}/{key}'))
-        return value
-
-    value = unpickle(file, storages, left)
-    if value == torch.serialization.MAGIC_NUMBER:               # the old format: version, system, value, keys, storages
-        _, _, value, keys = [unpickle(file, storages, left) for _ in range(4)]
-        if keys != sorted(storages):
-            raise ValueError('it is damaged: its list of storages is not that of its tensors')
-        for _, (dtype, numel, numbers) in sorted(storages.items()):
-            if int.from_bytes(file.read(8), 'little') != numel:
-                raise ValueError('it is cut short or damaged: a storage has another length than announced')
+        main = next(name for name in [*archive.namelist(), 'data.pkl'] if name.endswith('data.pkl'))
+        top = Unpickler(io.BytesIO(archive.read(main)), storages).load()
+        for key, (_, _, numbers) in storages.items():
+            numbers.extend(archive.read(f'{main[:-4]}/{key}'))
+        return top
+    top = Unpickler(file, storages).load()
+    if top == torch.serialization.MAGIC_NUMBER:                 # the old format: version, system, value, keys, storages
+        _, _, top, keys = [Unpickler(file, storages).load() for _ in range(4)]
+        for dtype, numel, numbers in map(storages.get, keys):
+            file.read(8)                                                # the number of numbers once more
             numbers.extend(file.read(numel * dtype.itemsize))
-    return value
+    return top
