@@ -1,7 +1,7 @@
-"""Plumbing that the paper scripts share: errors, flags, data, keyed randomness, processes, EMA, checkpoints, pictures.
+"""Plumbing that the paper scripts share: keyed randomness, steps, data, logs, checkpoints, pictures, processes, flags.
 
-Nothing in here knows an algorithm. These are functions to call, not a framework to fit into: a script's own `train` is
-a plain loop that calls what it needs.
+Functions to call, not a framework to fit into: a script's `train` is a plain loop that calls what it needs, and what it
+calls in every step comes first here. Nothing in this file knows an algorithm.
 """
 import argparse
 import cmath
@@ -39,258 +39,800 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# 1. Errors and messages
+# 1. Keyed randomness: what is drawn depends on (seed, step, stream) alone, so there is no generator state to save
 
-class UserError(Exception):
-    """Something that the user can mend: one line on stderr; the exit code is 2 for bad input, 1 otherwise."""
+def key(*parts):
+    """A seed below 2^63 made of all `parts`: key(seed, step, 'noise')."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little') >> 1
 
-    def __init__(self, message, code=2):
-        super().__init__(' '.join(str(message).split()))
-        self.code = code
+
+def generator(*parts, device='cpu'):
+    """The random generator named by `parts`."""
+    return torch.Generator(device).manual_seed(key(*parts))
+
+
+def randn(shape, *parts, device='cpu'):
+    """Standard normal numbers of `shape` from the generator named by `parts`."""
+    return torch.randn(shape, generator=generator(*parts, device=device), device=device)
+
+
+def rand(shape, *parts, device='cpu'):
+    """Numbers of `shape`, uniform in [0, 1), from the generator named by `parts`."""
+    return torch.rand(shape, generator=generator(*parts, device=device), device=device)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return torch.randperm(n, generator=generator(seed, epoch, 'order'))
+
+
+def batch_indices(n, batch, step, seed):
+    """Which images make up the global batch of a step: (batch,) int64. Every epoch is a permutation of all n."""
+    first, last = step * batch, (step + 1) * batch - 1
+    epochs = [_permutation(n, seed, epoch) for epoch in range(first // n, last // n + 1)]
+    return torch.cat(epochs)[first % n:first % n + batch]
+
+
+def mirror(images, *parts):
+    """Each of images (B, C, H, W) mirrored left to right with probability 1/2, keyed by `parts`."""
+    flips = rand((len(images), 1, 1, 1), *parts, device=images.device) < 0.5
+    return torch.where(flips, images.flip(3), images)
+
+
+# 2. A training step
+
+def rank_slice(batch):
+    """The part of a global batch that is this process's."""
+    share = batch // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def network(net, precision):
+    """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision)
+    classes = getattr(net, 'module', net).label_dim
+
+    def call(x, noise_labels, y=None):
+        y = torch.nn.functional.one_hot(y, classes).float() if classes and y is not None else None
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            return net(x.contiguous(memory_format=torch.channels_last), noise_labels, y).float()
+    return call
+
+
+def microbatches(net, args, step):
+    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout masks.
+
+    Gradients are averaged over the processes in the last one alone.
+    """
+    n = args.batch // world_size()
+    size = args.microbatch or n
+    for i, at in enumerate(range(0, n, size)):
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+            net.require_backward_grad_sync = at + size >= n
+        yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
 
 
 @contextlib.contextmanager
-def or_refuse(what, code=2):
-    """Whatever goes wrong within becomes a UserError, a line that begins with `what`."""
+def true_float32():
+    """Products inside are float32 whatever --precision says: TF32 would round small differences of distances away."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:          # files, archives, decoders and connections have many words for what is damaged
-        raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}', code)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def run(main, argv=None):
-    """Calls `main(argv)` -> exit code. What a user can mend becomes one line on stderr; with --debug, a traceback."""
-    argv = sys.argv[1:] if argv is None else argv
-    if '--debug' in argv:
-        return main(argv)
-    try:
-        main(argv)
-        if dist.is_initialized():
-            dist.destroy_process_group()        # its threads must end before the interpreter does
-        return 0
-    except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
-        return stop.code or 0
-    except UserError as caught:
-        error = caught
-    except KeyboardInterrupt:
-        error = UserError('interrupted', code=130)
-    except RuntimeError as caught:
-        text = str(caught).lower()
-        if isinstance(caught, torch.OutOfMemoryError) or "can't allocate memory" in text:       # the GPU's, the host's
-            error = UserError('out of memory: lower --batch, or split it with --microbatch')
-        elif dist.is_initialized() and any(word in text for word in ('connection', 'gloo', 'nccl', 'peer')):
-            error = UserError('another process of this run has ended', code=1)
+LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients within float16's range; `finish_gradients` undoes it
+
+
+def backward(values, n, precision):
+    """Back-propagates the mean of a loss over n samples, of which values (b,) are some. -> this part of the mean
+
+    values may be (k, b): the loss, and what is to be averaged with it, for the log. -> (k,)
+    """
+    means = values.sum(-1) / n
+    (means.view(-1)[0] * LOSS_SCALE.get(precision, 1.0)).backward()
+    return means.detach()
+
+
+@torch.no_grad()
+def finish_gradients(params, precision):
+    """Undoes the loss scale and zeroes what is not finite. -> the gradient's norm before that, 0-dim, on the device"""
+    grads = [p.grad for p in params if p.grad is not None]
+    if precision in LOSS_SCALE:
+        torch._foreach_div_(grads, LOSS_SCALE[precision])
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    for grad in grads:
+        torch.nan_to_num_(grad, nan=0.0, posinf=0.0, neginf=0.0)
+    return norm
+
+
+def learning_rate(optimizer, step, lr, decay_steps=None):
+    """Sets the rate for a step, counted from 0: lr, or lr / sqrt(max(step / decay_steps, 1)) (EDM2 Eq. 67)."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr / math.sqrt(max(step / decay_steps, 1)) if decay_steps else lr
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema = decay * ema + (1 - decay) * net, over all parameters in a few calls."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+# 3. Data
+
+class Data(NamedTuple):
+    """A data set: images uint8 (N, C, H, W), labels int64 (N,), number of classes, folder where its cache may lie."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: int
+    home: Path
+
+    def to(self, device):
+        """Images on `device` if they fill at most half of the memory free there; batches move there either way."""
+        fits = device.type == 'cuda' and self.images.numel() < torch.cuda.mem_get_info(device)[0] // 2
+        return self._replace(images=self.images.to(device)) if fits else self
+
+    def at(self, index, device):
+        """Images in [-1, 1] (B, C, H, W) and labels (B,) of `index` (B,), on `device`."""
+        images = self.images[index.to(self.images.device, non_blocking=True)].to(device, non_blocking=True)
+        return normalise(images), self.labels[index].to(device, non_blocking=True)
+
+
+def normalise(images):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1] -> uint8 0..255, the nearest; what lies outside is clipped."""
+    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def load_data(args, device):
+    """The data set that the flags name, on `device` if it fits. `--cond` needs labels; without it they are all 0.
+
+    Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not.
+    """
+    root = Path(args.data_dir)
+    with one_first():
+        if args.dataset == 'shapes':
+            data = shapes(resolution=args.resolution)
+        elif args.dataset in ('cifar10', 'fmnist'):
+            data = cifar10(root) if args.dataset == 'cifar10' else fmnist(root)
         else:
-            raise
-    if rank():
-        time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
-    who = f'process {rank()}: ' if rank() else ''
-    print('\n' * _line_open + who + str(error), file=sys.stderr, flush=True)
-    return error.code
+            data = image_folder(root, args.resolution)
+    size = data.images.shape[-1]
+    if args.resolution not in (None, size):
+        raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
+    if args.cond and data.labels is None:
+        raise UserError(f'--cond: {root} has no labels (class sub-folders or a dataset.json)')
+    if not args.cond:
+        data = data._replace(labels=torch.zeros(len(data.images), dtype=torch.int64), classes=0)
+    args.resolution, args.in_channels, args.label_dim = size, data.images.shape[1], data.classes
+    choose_labels(1, args.labels, args.label_dim)
+    return data.to(device)
 
 
-_line_open = False          # whether the terminal's last line is a progress line that awaits being written over
+def cache_folder(args):
+    """Where downloads go: --data-dir, or the folder of it if it is a zip."""
+    return Path(args.data_dir).parent if Path(args.data_dir).is_file() else Path(args.data_dir)
 
 
-def say(text, refresh=False):
-    """Prints a line, from the first process only; with `refresh` one that the next line writes over, on a terminal."""
-    global _line_open
-    if rank() == 0:
-        start = '\r\033[K' if _line_open else ''
-        _line_open = refresh and sys.stdout.isatty()
-        print(start + text, end='' if _line_open else '\n', flush=True)
+_ARC = [2 * math.pi * i / 60 for i in range(60)]
+_CIRCLE = [cmath.rect(1, a) for a in _ARC]
+_SQUARE = [-0.9 - 0.9j, 0.9 - 0.9j, 0.9 + 0.9j, -0.9 + 0.9j]
+_PLUS = [p * 1j ** turn for turn in range(4) for p in (-0.28 - 1j, 0.28 - 1j, 0.28 - 0.28j)]
+SHAPES = {      # name: outline, points x + yj within [-1, 1]², y downwards
+    'circle': _CIRCLE,
+    'ring': _CIRCLE,
+    'square': _SQUARE,
+    'frame': _SQUARE,
+    'triangle': [-1j, 1 + 0.8j, -1 + 0.8j],
+    'diamond': [-1.1j, 0.75, 1.1j, -0.75],
+    'plus': _PLUS,
+    'cross': [p * cmath.rect(1, math.pi / 4) for p in _PLUS],
+    'heart': [complex(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a)
+                                         - 13 * math.cos(a)) / 16) for a in _ARC],
+    'star': [cmath.rect(r, math.pi * i / 5) * -1j for i, r in enumerate([1.15, 0.48] * 5)]}
 
 
-def progress(items, what, total=None):
-    """Yields from `items`; work that takes over two seconds shows how far it is. total: their number; 0: not known."""
-    total = len(items) if total is None else total
-    begin, shown, pause = time.monotonic(), 0.0, 2.0
-    for i, item in enumerate(items):
-        yield item
-        spent = time.monotonic() - begin
-        if spent - shown > pause and (not total or i + 1 < total):
-            left = f' of {total:,}, {duration(spent / (i + 1) * (total - i - 1))} left' if total else ''
-            say(f'{what}: {i + 1:,}{left}', refresh=True)
-            shown, pause = spent, 0.5 if sys.stdout.isatty() else 30.0
-    if shown and _line_open:
-        say(f'{what}: {i + 1:,} in {duration(time.monotonic() - begin)}')
+def draw_shape(i, resolution=16):
+    """Picture i, uint8 (3, resolution, resolution), a function of i alone: shape i % 10, coloured, on a dark ground."""
+    rng = random.Random(i)
+    size = 8 * resolution                               # drawn 8 times too large, then averaged: smooth edges
+    colour = lambda s, v: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), s, v))
+    ground = colour(0.5, rng.uniform(0.0, 0.25))
+    ink = colour(rng.uniform(0.5, 1.0), rng.uniform(0.8, 1.0))
+    cx, cy, r = (size * rng.uniform(*span) for span in [(0.45, 0.55), (0.45, 0.55), (0.34, 0.42)])
+    image = Image.new('RGB', (size, size), ground)
+    name, outline = list(SHAPES.items())[i % len(SHAPES)]
+    for scale, fill in [(r, ink), (0.55 * r, ground)] if name in ('ring', 'frame') else [(r, ink)]:
+        ImageDraw.Draw(image).polygon([(cx + scale * p.real, cy + scale * p.imag) for p in outline], fill=fill)
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
-def duration(seconds):
-    """3725.0 -> '1:02:05'."""
-    return str(datetime.timedelta(seconds=int(seconds))).removeprefix('0:')
+def shapes(n=10_000, resolution=16):
+    """The built-in data set: n pictures of ten shapes, labelled."""
+    images = np.array([draw_shape(i, resolution) for i in progress(range(n), 'drawing shapes')])
+    return Data(torch.from_numpy(images), torch.arange(n) % len(SHAPES), len(SHAPES), None)
 
 
-# 2. Flags
+DAMAGED = 'damaged or cut short; delete it and get it again'
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
+FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
+FMNIST_MD5 = {
+    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+    'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe'}
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
 
-    def error(self, message):
-        raise UserError(f'{message} (--help lists the flags)')
+def cifar10(root):
+    """CIFAR-10's training set below `root`: its binary files, or the archive, downloaded if there is neither."""
+    names = [f'data_batch_{i}.bin' for i in range(1, 6)]
+    folder = root if (root / names[0]).exists() else root / 'cifar-10-batches-bin'
+    archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
+    if folder.is_dir():
+        with or_refuse(f'CIFAR-10 in {folder} is incomplete'):
+            parts = [(folder / name).read_bytes() for name in names]
+    else:
+        download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
+        with tarfile.open(archive) as tar:       # read in place: nothing is unpacked to where the archive says
+            parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
+    images, labels = zip(*[cifar10_records(part, folder / name) for part, name in zip(parts, names)])
+    return Data(torch.cat(images), torch.cat(labels), 10, archive.parent)
 
 
-def number(kind=int, low=-math.inf, high=math.inf, many=False):
-    """A type for argparse: a finite number from `low` to `high`, or with `many` a list of such, separated by commas.
+def cifar10_records(data, where):
+    """The bytes of one of CIFAR-10's .bin files -> images uint8 (10000, 3, 32, 32), labels int64 (10000,)."""
+    if len(data) != 30_730_000:
+        raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: {DAMAGED}')
+    records = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3073)   # label, 1024 red, green, blue
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
 
-    many='perhaps': one number stays a number, several are a list.
+
+def fmnist(root):
+    """Fashion-MNIST's training set: its idx files, packed or not, in `root` or root/fashion-mnist, or downloaded."""
+    folder = root if any(root.glob('train-images-idx3-ubyte*')) else root / 'fashion-mnist'
+    parts = []
+    for name, md5 in FMNIST_MD5.items():
+        packed, plain = folder / name, folder / name.removesuffix('.gz')
+        if not packed.exists() and not plain.exists():      # else gzip's own checksum tells: packings differ in MD5
+            download(f'{FMNIST_URL}/{name}', packed, 'md5', md5)
+        with or_refuse(f'{packed} cannot be read'):
+            parts.append(plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes()))
+    images, labels = parts
+    n = len(labels) - 8
+    header = np.array([0x803, n, 28, 28, 0x801, n], '>i4').tobytes()                # 8: bytes; 3, 1: axes
+    if n < 1 or len(images) != 16 + n * 784 or images[:16] + labels[:8] != header or max(labels[8:]) > 9:
+        raise UserError(f'{folder} is not Fashion-MNIST: {DAMAGED}')
+    images, labels = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
+    return Data(images[16:].view(n, 1, 28, 28), labels[8:].long(), 10, root)
+
+
+IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
+MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a file and not in memory
+
+
+def read_image(data, resolution=None):
+    """An image file's bytes -> uint8 (3, H, W), upright; with `resolution`, its central square, resized."""
+    image = Image.open(io.BytesIO(data))
+    if image.mode.startswith('I'):                                                  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    image = ImageOps.exif_transpose(image).convert('RGB')
+    if resolution:
+        side, (w, h) = min(image.size), image.size
+        image = image.crop(((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def folder_or_zip(root):
+    """-> names of the files in it, at any depth, and a function from a name to the file's bytes."""
+    if root.is_dir():
+        names = [path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()]
+        return names, lambda name: (root / name).read_bytes()
+    with or_refuse(f'{root} is no folder or zip of images'):
+        archive = zipfile.ZipFile(root)                 # read in place: no path in it is ever written to
+    lock = threading.Lock()
+
+    def read(name):
+        with lock:
+            return archive.read(name)
+    return archive.namelist(), read
+
+
+def image_folder(root, resolution=None):
+    """All images in a folder or zip, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
+
+    With `resolution` they are cropped to the central square and resized; without it they must be squares of one size.
+    What fills more than MAPPED bytes is decoded once, into a file beside the folder, and read from there.
     """
-    def parse(text):
-        values = [kind(part) for part in text.split(',')] if many else [kind(text)]
-        if not all(low <= value <= high and abs(value) != math.inf for value in values):
-            raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
-        return values if many is True or len(values) > 1 else values[0]
-    parse.__name__ = 'number'
-    return parse
+    names, read = folder_or_zip(root)
+    files = sorted(n for n in names if n.lower().endswith(IMAGE_FILES) and not Path(n).name.startswith('._'))
+    if not files:
+        raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
+
+    def load(name):
+        with or_refuse(f'{root}: {name} cannot be read'):
+            return read_image(read(name), resolution)
+
+    def decoded():
+        with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
+            for name, image in zip(files, progress(pool.map(load, files), f'reading {root}', len(files))):
+                if image.shape != (3, side, side):
+                    raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
+                                    '--resolution N brings all images to one square')
+                yield image
+
+    side = resolution or min(load(files[0]).shape[1:])
+    shape = (len(files), 3, side, side)
+    if math.prod(shape) <= MAPPED:
+        images = np.array(list(decoded()))
+    else:
+        sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
+        stamp = hashlib.sha256(repr((files, sizes)).encode()).hexdigest()[:12]
+        path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
+        with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
+            if not path.exists():
+                print0(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
+                write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
+            images = np.memmap(path, np.uint8, 'c', shape=shape)
+    labels = folder_labels(root, names, files, read)
+    return Data(torch.from_numpy(images), labels, 0 if labels is None else int(labels.max()) + 1, root.parent)
 
 
-def add_common_flags(parser, script, names, add_flags, example):
-    """The flags that all scripts have, in groups, each with an example. `names`: the data sets; add_flags: its own."""
-    group = lambda title, example: parser.add_argument_group(title, f'python {script}.py {example}').add_argument
-    add = group('data', '--dataset folder --data-dir pictures.zip --resolution 64')
-    add('--dataset', default='shapes', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
-    add('--data-dir', default='data', metavar='PATH', help='where data sets lie or go; or a folder or zip of images')
-    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped and resized')
-    add = group('network', '--dataset cifar10 --width 32 --blocks 1 --dropout 0')
-    add('--arch', choices=['songunet', 'edm2'], default='songunet', help="DDPM++, or the network of EDM2")
-    add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
-    add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
-    add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
-    add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
-    add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
-    add('--flip', action=argparse.BooleanOptionalAction, help='mirror half of the training images, left to right')
-    add_flags(group('method', example), number)
-    add = group('optimisation', '--batch 256 --microbatch 32 --precision bf16 --compile')
-    add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
-    add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in a process, to save memory')
-    add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, with those of --pretrain-steps')
-    add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
-    add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
-    add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
-    add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='falls with the inverse root of the step after N')
-    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights')
-    add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], default='fp32', help='arithmetic of the network')
-    add('--compile', action='store_true', help='torch.compile the network')
-    add('--seed', type=number(int, 0, 2 ** 63 - 1), default=0, metavar='N', help='of everything random')
-    add = group('run', '--dataset cifar10 --gpus 8 --out runs/mine --resume')
-    add('--out', metavar='DIR', help=f'where the run goes; runs/{script}-<dataset> if not given')
-    add('--resume', action='store_true', help='go on from the checkpoint in --out')
-    add('--overwrite', action='store_true', help='start over in an --out that holds a run')
-    add('--gpus', type=number(int, 1, 1024), default=1, metavar='N', help='processes on this machine, one GPU each')
-    add('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
-    add('--save-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between checkpoints')
-    add('--sample-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between sample grids')
-    add('--eval-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between Fréchet distances')
-    add('--benchmark', type=number(int, 1, 10 ** 6), metavar='N', help='time N steps, part by part, and write nothing')
-    add('--dry-run', action='store_true', help='print the settings and stop')
-    add('--debug', action='store_true', help='show tracebacks')
-    add = group('sampling and evaluation', f'--sample runs/{script}-shapes --nfe 1,2,4 --labels 0,3')
-    add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
-    add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
-    add('--n', type=number(int, 1, 10 ** 6), default=64, metavar='N', help='images that --sample writes')
-    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations; 1, or one a phase')
-    add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
-    add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is of')
-    add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
-    add('--fid-features', choices=['inception', 'pixels'], help='inception: FID; pixels need no weights: pixel-FD')
-    add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
+def folder_labels(root, names, files, read):
+    """Class numbers of image files by `dataset.json`, or by their folders; None if there are none. -> (N,) int64"""
+    folders = [name.split('/')[0] for name in files]
+    if 'dataset.json' in names:
+        with or_refuse(f'{root}: dataset.json does not give every image a label'):
+            table = dict(json.loads(read('dataset.json'))['labels'] or [])
+            return torch.tensor([int(table[name]) for name in files]) if table else None
+    if all('/' in name for name in files) and len(set(folders)) > 1:
+        return torch.from_numpy(np.unique(folders, return_inverse=True)[1])
 
 
-# Flags that may differ between a run and its resumption: where and how long it runs, and how it is sampled and judged.
-FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every
-    eval_every fid_num fid_ref fid_features inception dry_run debug sample evaluate analyse benchmark n nfe labels eta
-    guide guidance keep_ema'''.split())
-# Settings that are no part of a run: they say what this command is to do.
-NOT_KEPT = set('''argv out_given resume overwrite dry_run debug sample evaluate analyse use benchmark n guide
-    guidance'''.split())
+def download(url, path, algorithm, digest):
+    """Fetches `url` to `path` unless it is there; either way its hash must begin with `digest` (hex; None: unknown)."""
+    def fetch(file):
+        with urllib.request.urlopen(url, timeout=30) as source:
+            size = int(source.headers.get('Content-Length') or 0)
+            blocks = iter(lambda: source.read(1 << 20), b'')
+            for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
+                file.write(block)
+        if size and file.tell() != size:                # the connection's end looks like the file's
+            raise OSError(f'only {file.tell():,} of {size:,} bytes came')
+        file.seek(0)
+        check(file, url)
 
+    def check(file, source):
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+        if not found.startswith(digest or ''):
+            raise UserError(f'{source} has {algorithm} {found}, not {digest}: {DAMAGED}')
 
-def parse_args(script, doc, presets, add_flags, example, argv, switch='arch'):
-    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
-
-    A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
-    `args.use` is the checkpoint of --sample, --evaluate or --analyse. example: of the script's own flags, in --help.
-    """
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument('--resume', action='store_true')
-    for name in ('dataset', 'out', 'sample', 'evaluate', 'analyse', 'ema', 'ema-std', 'pretrain-steps', switch):
-        first.add_argument(f'--{name}')
-    peek = first.parse_known_args(argv)[0]
-    uses, settings = [path for path in (peek.sample, peek.evaluate, peek.analyse) if path], {}
-    if len(uses) > 1:
-        raise UserError('--sample, --evaluate and --analyse: one at a time')
-    if uses:            # how it was trained is not how it is sampled
-        settings = {name: value for name, value in load_checkpoint(uses[0])['config'].items()
-                    if name not in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels')}
-    elif peek.resume:
-        settings = read_config(Path(peek.out or f'runs/{script}-{peek.dataset or "shapes"}'))
-    if settings.get('script', script) != script:
-        raise UserError(f'that is a run of {settings["script"]}.py, not of {script}.py')
-    dataset = peek.dataset or settings.get('dataset', 'shapes')
-    names = ', '.join(name for name in presets if isinstance(name, str))
-    if dataset not in presets:
-        raise UserError(f'--dataset {dataset}: not known; choose from {names}')
-    preset = presets.get((dataset, getattr(peek, switch) or settings.get(switch)), presets[dataset])
-
-    parser = Parser(prog=f'{script}.py', usage=f'python {script}.py [FLAGS]', description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_flags(parser, script, names, add_flags, example)
-    parser.set_defaults(**dict(analyse=None, use=uses and uses[0]) | preset | settings)
-    for action in parser._actions:
-        if action.help and not any(action.default is value for value in (argparse.SUPPRESS, None, False)):
-            default = ','.join(map(str, action.default)) if isinstance(action.default, list) else action.default
-            action.help += f' [{default}]'.replace('%', '%%')
-    args = parser.parse_args(argv)
-
-    args.script, args.argv, args.out_given = script, list(argv), bool(args.out)
-    if peek.ema is not None and vars(args).get('ema_std'):              # the flag that is given wins over the preset
-        if peek.ema_std is not None:
-            raise UserError('--ema and --ema-std: one of them')
-        args.ema_std = None
-    if not settings and peek.pretrain_steps is None:                    # a shorter run has a shorter start
-        args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))
-    args.out = args.out or f'runs/{script}-{args.dataset}'
-    for key in sorted(settings.keys() - FREE_FLAGS - ({'seed', 'precision'} if uses else set())):
-        if hasattr(args, key) and getattr(args, key) != settings[key]:
-            flag = '--' + key.replace('_', '-')
-            raise UserError(f'{flag} is {getattr(args, key)}, but the run was made with {settings[key]}')
-    if args.init is None:               # the published start is for the published network
-        shape = ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution')
-        published = all(getattr(args, name) == preset.get(name) for name in shape) and not args.pretrain_steps
-        args.init = published and preset.get('checkpoint') or 'none'
-    if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
-        say(f'{args.out} holds no checkpoint yet: starting from the beginning')
-        args.resume, args.overwrite = False, True
-    if args.resume and args.steps != settings.get('steps', args.steps):
-        say(f'--steps {args.steps:,} instead of {settings["steps"]:,}: the schedule of levels stretches with it')
-    if args.pretrain_steps > args.steps:
-        raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
-    if vars(args).get('coupling') == 'ot':
-        optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))             # is SciPy there?
-    if vars(args).get('s1', math.inf) < vars(args).get('s0', 0):
-        raise UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
-    if args.q and args.stages and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
-    return args
-
-
-def config_of(args):
-    """The settings of a run as plain values, for config.json and checkpoints."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_KEPT}
-
-
-def read_config(out):
-    """config.json of the run in folder `out`, as a dict."""
-    path = out / 'config.json'
     if not path.exists():
-        raise UserError(f'{out} holds no run: there is no config.json in it')
-    with or_refuse(f'{path} cannot be read'):
-        return dict(**json.loads(path.read_text()))
+        with or_refuse(f'{path} could not be downloaded from {url}'):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, fetch)
+    elif digest:
+        with or_refuse(f'{path} cannot be read'), open(path, 'rb') as file:
+            check(file, path)
 
 
-# 3. Processes
+# 4. Timing and logging
+
+class Clock:
+    """Counts the steps of a run and, for --benchmark, times their parts: clock('backward') books what passed since."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.parts, self.products, self.last = {}, [], None
+
+    def now(self):
+        """Seconds, when the device has done its work."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def __call__(self, part):
+        if self.last is not None:
+            now = self.now()
+            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+            self.last = now
+
+    def steps(self, start):
+        """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
+        if not self.args.benchmark:
+            yield from range(start, self.args.steps)
+            return
+        torch.compiler.set_stance('force_eager')                # the counter does not see into compiled code
+        with FlopCounterMode(display=False) as counter:
+            yield start
+        torch.compiler.set_stance('default')
+        yield start + 1
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(start + 2, start + 2 + self.args.benchmark):
+            self.product()
+            self.last = self.now()
+            yield step
+            self('log')
+            self.last = None
+        self.report(counter.get_total_flops())
+
+    def product(self):
+        """Times a large matrix product, which few networks outrun: between steps, under the same conditions."""
+        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.args.precision, torch.float32)
+        n = 8192 if self.device.type == 'cuda' else 2048
+        a = torch.randn(n, n, device=self.device, dtype=dtype)
+        a @ a                                                   # warms up
+        begin = self.now()
+        for _ in range(5):
+            a @ a
+        self.products.append(5 * 2 * n ** 3 / (self.now() - begin))
+
+    def report(self, flops):
+        """Prints means over the timed steps, whose floating-point operations are `flops` each."""
+        total, peak = sum(self.parts.values()) / self.args.benchmark, float(np.median(self.products))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == 'cuda':
+            memory = torch.cuda.max_memory_allocated()
+        print0(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
+               f'peak memory {memory / 2 ** 30:.2f} GiB')
+        print0(f'{flops / total / 1e12:.4g} TFLOP/s a process, {flops / total / peak:.1%} of the {peak / 1e12:.4g} of a '
+               f'{self.args.precision} matrix product alone')
+        for name, spent in self.parts.items():
+            spent /= self.args.benchmark
+            print0(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}')
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts; a last one that was cut short is left out."""
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+class Log:
+    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
+
+    Values stay on the device until a flush reads a whole block of steps at once: the loop never waits for them.
+    """
+
+    def __init__(self, args, start, device):
+        self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
+        self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
+        self.pending, self.signal, self.stop = [], False, False
+        self.nonfinite, self.in_a_row = 0, 0                    # steps whose gradients were not finite
+        self.best = math.inf                                    # Fréchet distance
+        self.first = self.shown_step = start
+        self.begin = self.shown = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
+        if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
+            lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
+            self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
+            self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
+            text = ''.join(json.dumps(line) + '\n' for line in lines)
+            write_atomic(self.path, lambda file: file.write(text.encode()))
+
+    def _on_signal(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = True
+
+    def step(self, step, **values):
+        """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
+        values['stop'] = torch.full((), float(self.signal), device=self.device)
+        self.names = list(values)
+        self.pending.append(torch.stack([value.detach().float() for value in values.values()]))
+        intervals = self.args.save_every, self.args.sample_every, self.args.eval_every
+        if len(self.pending) >= self.block or any(self.due(step, every) for every in intervals):
+            self.flush(step)
+
+    def due(self, step, every):
+        """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
+        at_end = every and (step % every == 0 or step == self.args.steps)
+        return bool(at_end and not self.args.benchmark and not self.stop)
+
+    def flush(self, step):
+        """Writes pending values, averaged over the processes; UserError after 20 steps without finite gradients."""
+        rows = torch.stack(self.pending)                        # (steps, values)
+        self.pending = []
+        if dist.is_initialized():
+            dist.all_reduce(rows)
+            rows /= world_size()
+        for number, row in enumerate(rows.tolist(), step - len(rows) + 1):
+            values = dict(zip(self.names, row))
+            self.stop = values.pop('stop') > 0 or self.stop
+            bad = not all(map(math.isfinite, values.values()))
+            self.nonfinite += bad
+            self.in_a_row = bad * (self.in_a_row + 1)
+            shown = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
+            self.write({'step': number} | shown | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
+            if self.in_a_row >= 20:
+                raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step '
+                                f'{number}; the last checkpoint in {self.args.out} is from before. Try a lower --lr '
+                                'or --precision fp32', code=1)
+        self.progress(step, values)
+
+    def progress(self, step, values):
+        """The line of progress, now and then; the command that resumes, at a stop."""
+        now = time.monotonic()
+        if now - self.shown > (0.2 if sys.stdout.isatty() else 15) or step == self.args.steps or self.stop:
+            speed = (step - self.shown_step) / max(now - self.shown, 1e-9) * self.args.batch
+            left = (self.args.steps - step) * (now - self.begin) / (step - self.first)
+            text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+            print0(f'step {step:,}/{self.args.steps:,}  {text}  {speed:,.0f} img/s  {duration(left)} left',
+                   refresh=step < self.args.steps and not self.stop)
+            self.shown, self.shown_step = now, step
+        if self.stop and not self.args.benchmark:
+            print0(f'stopping after step {step:,}; go on with: '
+                   f'python {self.args.script}.py --resume --out {self.args.out}')
+
+    def write(self, line):
+        """Appends a dict to metrics.jsonl."""
+        if rank() == 0 and not self.args.benchmark:
+            with or_refuse(f'{self.path} cannot be written'), open(self.path, 'a') as file:
+                file.write(json.dumps(line) + '\n')
+
+    def evaluated(self, step, distances):
+        """Notes Fréchet distances {name: value}, all of the same model. -> whether the first is the best of the run"""
+        value = next(iter(distances.values()))
+        better, self.best = value < self.best, min(value, self.best)
+        self.write({'step': step, **distances, 'best': self.best})
+        return better
+
+
+def after_step(args, step, log, evaluate, sample_fn, ema, **parts):
+    """What is due after a step: Fréchet distances, pictures, a checkpoint. -> whether the run is to stop
+
+    evaluate() -> {name: distance}; sample_fn as a script's `sample`; parts as for `open_run`.
+    """
+    if log.due(step, args.eval_every) and log.evaluated(step, evaluate()):
+        save_final(args, ema, 'best')
+    if log.due(step, args.sample_every) and rank() == 0:
+        images = sample_fn(64, args.nfe[0], seed=args.seed)     # always of the same noise: one sees them form
+        save_grid(images, Path(args.out) / 'samples' / f'{step:07}.png')
+        save_curves(log.path, Path(args.out) / 'curves.png')
+    if log.due(step, args.save_every) or log.stop:
+        save_checkpoint(args, step, ema=ema, **parts)
+    return log.stop
+
+
+# 5. Runs: the folder, checkpoints
+
+CHECKPOINTS = 'checkpoint.pt', 'previous.pt', 'final.pt'        # where a run's weights are, the latest first
+
+
+def check_out(args):
+    """Refuses to write over a run unless asked to."""
+    out = Path(args.out)
+    if args.benchmark or args.resume or args.overwrite or args.use:
+        return
+    if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
+        raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
+                        '--out DIR goes elsewhere')
+    if out.exists() and not out.is_dir():
+        raise UserError(f'--out {out} is a file')
+
+
+def open_run(args, **parts):
+    """Makes the run's folder with config.json; with --resume, brings back the state of `parts`. -> steps done"""
+    out, step = Path(args.out), 0
+    if args.resume:
+        state = load_checkpoint(out)
+        if 'optimizer' not in state:
+            raise UserError(f'{out} holds weights only, no checkpoint.pt to go on from')
+        for name, part in parts.items():
+            restore(part, state[name], out)
+        step = state['step']
+    if args.benchmark:
+        return args.pretrain_steps                              # tuning, not its start, is timed
+    if rank() == 0:
+        config = json.dumps(config_of(args), indent=2).encode()
+        with or_refuse(f'--out {out}'):
+            (out / 'samples').mkdir(parents=True, exist_ok=True)
+            for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
+                for path in out.glob(pattern):
+                    path.unlink()
+        write_atomic(out / 'config.json', lambda file: file.write(config))
+    if dist.is_initialized():
+        dist.barrier()
+    return step
+
+
+def write_atomic(path, write, previous=None):
+    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it.
+
+    The file that had the name before becomes `previous`, or goes.
+    """
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')            # another run may make the same file
+    with or_refuse(f'{path} could not be written'):
+        try:
+            with open(part, 'w+b') as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def save_checkpoint(args, step, **parts):
+    """Everything that --resume needs, from the first process: step, settings, and the state of `parts`."""
+    if rank() == 0 and not args.benchmark:
+        state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, config=config_of(args))
+        out = Path(args.out)
+        write_atomic(out / 'checkpoint.pt', lambda file: torch.save(state, file), previous=out / 'previous.pt')
+
+
+def save_final(args, model, name='final'):
+    """State of the EMA network alone, a plain dict, for this and for others' code, as NAME.pt in the run's folder."""
+    if rank() == 0 and not args.benchmark:
+        path = Path(args.out) / f'{name}.pt'
+        write_atomic(path, lambda file: torch.save(model.state_dict(), file))
+        print0(f'written: {path}')
+
+
+def load_checkpoint(path):
+    """A run's folder, checkpoint.pt, or final.pt beside config.json -> dict with `ema`, `config` and perhaps more.
+
+    Only tensors and plain values are read (`weights_only`): no file can run code. From a folder whose checkpoint.pt is
+    damaged, the checkpoint before it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in CHECKPOINTS if (path / name).exists()] or [path / CHECKPOINTS[0]]
+        for candidate, after in zip(found, found[1:]):
+            try:
+                return load_checkpoint(candidate)
+            except UserError as error:
+                print0(f'{error}; going back to {after.name}')
+        path = found[-1]
+    if not path.exists():
+        raise UserError(f'{path}: there is no such checkpoint')
+    with or_refuse(f'{path} cannot be read as a checkpoint'):
+        with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
+            assert archive.testzip() is None, 'it is damaged'
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        assert state and isinstance(state, dict), 'there are no weights in it'
+        state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
+        assert isinstance(state['config'], dict) and isinstance(state['ema'], dict), 'there are no weights in it'
+        return state
+
+
+def load_network(path, make_network, device='cpu'):
+    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for sampling; its settings are in `.config`."""
+    state = load_checkpoint(path)
+    model = make_network(argparse.Namespace(**state['config']))
+    restore(model, state['ema'], path)
+    model.config = state['config']
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def restore(module, state, path):
+    """module.load_state_dict(state), with a mismatch told in one line."""
+    with or_refuse(f'{path} does not fit this network'):
+        module.load_state_dict(state)
+
+
+# 6. Samples and pictures
+
+def choose_labels(n, labels, classes, first=0):
+    """`labels` (a list; None: all) in turn from number `first` on, (n,) int64; zeros for a model without classes."""
+    if labels and max(labels) >= classes:
+        raise UserError(f'--labels {max(labels)}: the model has {classes} classes, counted from 0')
+    labels = labels or range(max(classes, 1))
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)])
+
+
+def sampling_noise(model, n, nfe, labels, seed, first):
+    """For each up to 250 of n images to sample: noise, nfe times N(0, I) (b, C, H, W), and their labels (b,)."""
+    config, device = model.config, next(model.parameters()).device
+    shape = (n, config['in_channels'], config['resolution'], config['resolution'])
+    noise = [randn(shape, seed, i, 'sample') for i in range(nfe)]
+    y = choose_labels(n, labels, config['label_dim'], first)
+    for part in progress(torch.arange(n).split(250), 'samples, 250 at a time'):
+        yield [z[part].to(device) for z in noise], y[part].to(device)
+
+
+def save_grid(images, path, columns=None):
+    """Images (N, C, H, W) in [-1, 1] -> one PNG, each magnified to about 64 pixels, row by row."""
+    images = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    n, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    zoom, gap = max(1, 64 // width), 2
+    across, down = width * zoom + gap, height * zoom + gap
+    sheet = Image.new('RGB', (columns * across + gap, math.ceil(n / columns) * down + gap), 'white')
+    for i, image in enumerate(images):
+        tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * across, gap + i // columns * down))
+    write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
+
+
+def picture_path(args, name):
+    """Where --sample and --analyse put a picture: --out, or beside the checkpoint that they use."""
+    source = Path(args.use)
+    folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
+    with or_refuse(f'{folder / name} cannot be written'):
+        folder.mkdir(parents=True, exist_ok=True)
+    print0(str(folder / name))
+    return folder / name
+
+
+def show_panels(args, panels, x_name):
+    """--analyse: prints {title: {name of a curve: [(x, y), ...]}} as tables and draws them, in `analyse.png`."""
+    for title, curves in panels.items():
+        print0(f'{title}\n{x_name[-8:]:>8} ' + ''.join(f'{name:>10}' for name in curves))
+        for points in zip(*curves.values()):
+            print0(f'{points[0][0]:8.4g} ' + ''.join(f'{y:10.4g}' for _, y in points))
+    if rank() == 0:
+        save_plot(panels, picture_path(args, 'analyse.png'), x_name)
+
+
+def save_samples(args, sample_fn):
+    """--sample: a grid of --n images; of several --nfe, rows of 16 in turn, from the same noise."""
+    sets = torch.stack([sample_fn(args.n, nfe, seed=args.seed) for nfe in args.nfe])        # (len(nfe), n, C, H, W)
+    columns = min(args.n, 16) if len(sets) > 1 else math.ceil(math.sqrt(args.n))
+    blank = sets.new_ones(len(sets), -args.n % columns, *sets.shape[2:])
+    strips = torch.cat([part.flatten(0, 1) for part in torch.cat([sets, blank], 1).split(columns, 1)])
+    if rank() == 0:
+        name = f'sample-{"-".join(map(str, args.nfe))}-step{"s" * (len(sets) > 1)}.png'     # the rows, from the top
+        save_grid(strips, picture_path(args, name), columns)
+
+
+def save_curves(metrics, path):
+    """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
+    panels = {}
+    for line in read_metrics(metrics):
+        for name, value in line.items():
+            if name not in ('step', 'best') and isinstance(value, (int, float)):
+                panels.setdefault(name, {'': []})[''].append((line['step'], value))
+    save_plot(panels, path, 'step')
+
+
+def save_plot(panels, path, x_name):
+    """Curves, each averaged to at most 200 points, as a PNG: panels {title: {name of a curve: [(x, y), ...]}}."""
+    sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
+    draw, inks = ImageDraw.Draw(sheet), ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
+
+    def axis(values, much):
+        """-> values at 0, 1/2 and 1 of an axis, function from values to shares of it, a note if it is logarithmic"""
+        low, high = values.min(), values.max()
+        if low > 0 and high > much * low:
+            return np.geomspace(low, high, 3), lambda v: np.log(v / low) / np.log(high / low), ' (log scale)'
+        return np.linspace(low, high, 3), lambda v: (v - low) / (high - low or 1), ''
+
+    for row, (title, curves) in enumerate(panels.items()):
+        at = lambda x, y: (74 + 626 * x, 240 * row + 196 - 168 * y)         # shares of the axes -> pixels
+        parts = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
+        curves = {name: np.array([part.mean(0) for part in parts(points)]) for name, points in curves.items()}
+        xs, ys = np.concatenate(list(curves.values())).T
+        x_ticks, x_share, _ = axis(xs, math.inf if x_name == 'step' else 1000)
+        y_ticks, y_share, note = axis(ys, 20)
+        draw.rectangle([at(0, 1), at(1, 0)], outline='#bbbbbb')
+        draw.text(at(0, 1.05), title + note, 'black', font, anchor='ls')
+        draw.text(at(0.5, -0.14), x_name, 'black', font, anchor='ma')
+        for share, x, y, anchor in zip((0, 0.5, 1), x_ticks, y_ticks, ('la', 'ma', 'ra')):
+            draw.text(at(share, -0.05), f'{x:,.5g}', 'black', font, anchor=anchor)
+            draw.text(at(-0.01, share), f'{y:.4g}', 'black', font, anchor='rm')
+        for i, (name, curve) in enumerate(curves.items()):
+            x, y = at(x_share(curve[:, 0]), y_share(curve[:, 1]))
+            draw.line([*zip(x, y)], fill=inks[i], width=2)
+            draw.ellipse([x[-1] - 3, y[-1] - 3, x[-1] + 3, y[-1] + 3], fill=inks[i])        # shows a single point, too
+            draw.text(at(1 - 0.15 * (len(curves) - i), 1.05), name, inks[i], font, anchor='ls')
+    write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
+
+
+# 7. Processes
 
 def rank():
     """Number of this process among those that train together, from 0."""
@@ -309,7 +851,7 @@ def start(args):
     and this process waits for them and exits with their code.
     """
     if args.dry_run:
-        say(json.dumps(config_of(args), indent=2))
+        print0(json.dumps(config_of(args), indent=2))
         sys.exit()
     env, cuda = os.environ, args.device != 'cpu' and torch.cuda.is_available()
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
@@ -379,12 +921,6 @@ def _start_copies(args):
     return code if code >= 0 else 128 - code
 
 
-def my_part(batch):
-    """The slice of a global batch that is this process's."""
-    share = batch // world_size()
-    return slice(rank() * share, (rank() + 1) * share)
-
-
 def compile_in_place(module):
     """torch.compile, of which the network's user sees nothing."""
     torch._dynamo.config.optimize_ddp = False   # student and teacher as one graph each: the same dropout masks
@@ -414,835 +950,254 @@ def one_first():
         dist.barrier()
 
 
-def microbatches(net, args, step):
-    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout mask.
+# 8. Flags
 
-    Gradients are averaged over the processes in the last one alone.
+def number(kind=int, low=-math.inf, high=math.inf, many=False):
+    """A type for argparse: a finite number from `low` to `high`, or with `many` a list of such, separated by commas.
+
+    many='perhaps': one number stays a number, several are a list.
     """
-    n = args.batch // world_size()
-    size = args.microbatch or n
-    for i, at in enumerate(range(0, n, size)):
-        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-            net.require_backward_grad_sync = at + size >= n
-        yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
+    def parse(text):
+        values = [kind(part) for part in text.split(',')] if many else [kind(text)]
+        if not all(low <= value <= high and abs(value) != math.inf for value in values):
+            raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
+        return values if many is True or len(values) > 1 else values[0]
+    parse.__name__ = 'number'
+    return parse
 
 
-# 4. Keyed randomness: what is drawn depends on (seed, step, stream) alone, so there is no generator state to save
-
-def key(*parts):
-    """A seed below 2^63 made of all `parts`: key(seed, step, 'noise')."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little') >> 1
-
-
-def generator(*parts, device='cpu'):
-    """The random generator named by `parts`."""
-    return torch.Generator(device).manual_seed(key(*parts))
-
-
-def randn(shape, *parts, device='cpu'):
-    """Standard normal numbers of `shape` from the generator named by `parts`."""
-    return torch.randn(shape, generator=generator(*parts, device=device), device=device)
-
-
-def rand(shape, *parts, device='cpu'):
-    """Numbers of `shape`, uniform in [0, 1), from the generator named by `parts`."""
-    return torch.rand(shape, generator=generator(*parts, device=device), device=device)
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n, seed, epoch):
-    return torch.randperm(n, generator=generator(seed, epoch, 'order'))
-
-
-def batch_indices(n, batch, step, seed):
-    """Which images make up the global batch of a step: (batch,) int64. Every epoch is a permutation of all n."""
-    first, last = step * batch, (step + 1) * batch - 1
-    epochs = [_permutation(n, seed, epoch) for epoch in range(first // n, last // n + 1)]
-    return torch.cat(epochs)[first % n:first % n + batch]
-
-
-# 5. Data
-
-class Data(NamedTuple):
-    """A data set: images uint8 (N, C, H, W), labels int64 (N,) or None, number of classes, where its cache may lie."""
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: int
-    home: Path
-
-    def to(self, device):
-        """Images on `device` if they fill at most half of the memory free there; batches move there either way."""
-        fits = device.type == 'cuda' and self.images.numel() < torch.cuda.mem_get_info(device)[0] // 2
-        return self._replace(images=self.images.to(device)) if fits else self
-
-    def at(self, index, device):
-        """Images in [-1, 1] (B, C, H, W) and labels (B,) of `index` (B,), on `device`."""
-        images = self.images[index.to(self.images.device, non_blocking=True)]
-        if device.type == 'cuda' and images.device.type == 'cpu':
-            images = images.pin_memory()                # a GPU copies from such memory by itself
-        return normalise(images.to(device, non_blocking=True)), self.labels[index].to(device, non_blocking=True)
+def add_common_flags(parser, script, names, add_flags, example):
+    """The flags that all scripts have, in groups, each with an example. `names`: the data sets; add_flags: its own."""
+    group = lambda title, example: parser.add_argument_group(title, f'python {script}.py {example}').add_argument
+    add = group('data', '--dataset folder --data-dir pictures.zip --resolution 64')
+    add('--dataset', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
+    add('--data-dir', metavar='PATH', help='where data sets lie or go; or a folder or zip of images')
+    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped and resized')
+    add('--flip', action=argparse.BooleanOptionalAction, help='mirror half of the training images, left to right')
+    add = group('network', '--dataset cifar10 --width 32 --blocks 1 --dropout 0')
+    add('--arch', choices=['songunet', 'edm2'], help="DDPM++, or the network of EDM2")
+    add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
+    add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
+    add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
+    add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
+    add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
+    add_flags(group('method', example), number)
+    add = group('optimisation', '--batch 256 --microbatch 32 --precision bf16 --compile')
+    add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
+    add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in a process, to save memory')
+    add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, with those of --pretrain-steps')
+    add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
+    add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
+    add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
+    add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='falls with the inverse root of the step after N')
+    add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights')
+    add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], help='arithmetic of the network')
+    add('--compile', action='store_true', help='torch.compile the network')
+    add('--seed', type=number(int, 0, 2 ** 63 - 1), metavar='N', help='of everything random')
+    add = group('run', '--dataset cifar10 --gpus 8 --out runs/mine --resume')
+    add('--out', metavar='DIR', help=f'where the run goes; runs/{script}-<dataset> if not given')
+    add('--resume', action='store_true', help='go on from the checkpoint in --out')
+    add('--overwrite', action='store_true', help='start over in an --out that holds a run')
+    add('--gpus', type=number(int, 1, 1024), metavar='N', help='processes on this machine, one GPU each')
+    add('--device', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
+    add('--save-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between checkpoints')
+    add('--sample-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between sample grids')
+    add('--eval-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between Fréchet distances')
+    add('--benchmark', type=number(int, 1, 10 ** 6), metavar='N', help='time N steps, part by part, and write nothing')
+    add('--dry-run', action='store_true', help='print the settings and stop')
+    add('--debug', action='store_true', help='show tracebacks')
+    add('--help', '-h', action='store_true', help='show this and stop')
+    add = group('sampling and evaluation', f'--sample runs/{script}-shapes --nfe 1,2,4 --labels 0,3')
+    add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
+    add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
+    add('--analyse', metavar='CKPT', help="print and draw the paper's diagnostics of this checkpoint or run and stop")
+    add('--n', type=number(int, 1, 10 ** 6), metavar='N', help='images that --sample writes')
+    add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations; 1, or one a phase')
+    add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
+    add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is of')
+    add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
+    add('--fid-features', choices=['inception', 'pixels'], help='inception: FID; pixels need no weights: pixel-FD')
+    add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
 
 
-def batches(data, args, start, device):
-    """Of each step from `start` on: number, indices of the global batch, images in [-1, 1] (B, C, H, W), labels (B,).
+DEFAULTS = dict(dataset='shapes', data_dir='data', precision='fp32', seed=0, gpus=1, device='auto', n=64)
+# Flags that may differ between a run and its resumption: where and how long it runs, and how it is sampled and judged.
+FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every
+    eval_every fid_num fid_ref fid_features inception dry_run debug help sample evaluate analyse benchmark n nfe
+    labels'''.split())
+# Settings that are no part of a run: they say what this command is to do.
+NOT_KEPT = set('''argv out_given resume overwrite dry_run debug help sample evaluate analyse use benchmark n'''.split())
 
-    With --flip half of them are mirrored. (No thread gathers them ahead: its own OpenMP threads would wait for work
-    beside those of the network, which halved the speed of two CPU cores.)
+
+def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', free=''):
+    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
+
+    A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
+    `args.use` is the checkpoint of --sample, --evaluate or --analyse. example: of the script's own flags, in --help;
+    free: those of them that only sampling reads.
     """
-    for step in range(start, start + args.benchmark + 2 if args.benchmark else args.steps):
-        index = batch_indices(len(data.images), args.batch, step, args.seed)
-        images, labels = data.at(index, device)
-        yield step, index, mirror(images, args.seed, step, 'flip') if args.flip else images, labels
-
-
-def mirror(images, *parts):
-    """Each of images (B, C, H, W) mirrored left to right with probability 1/2, keyed by `parts`."""
-    flips = rand((len(images), 1, 1, 1), *parts, device=images.device) < 0.5
-    return torch.where(flips, images.flip(3), images)
-
-
-def normalise(images):
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(x):
-    """float in [-1, 1] -> uint8 0..255; what lies outside is clipped."""
-    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
-
-
-def load_data(args, device):
-    """The data set that the flags name, on `device` if it fits. `--cond` needs labels; without it they are all 0.
-
-    Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not.
-    """
-    root = Path(args.data_dir)
-    with one_first():
-        if args.dataset == 'shapes':
-            data = shapes(resolution=args.resolution)
-        elif args.dataset in ('cifar10', 'fmnist'):
-            data = cifar10(root) if args.dataset == 'cifar10' else fmnist(root)
-        else:
-            data = image_folder(root, args.resolution)
-    size = data.images.shape[-1]
-    if args.resolution not in (None, size):
-        raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
-    if args.cond and data.labels is None:
-        raise UserError(f'--cond: {root} has no labels (class sub-folders or a dataset.json)')
-    if not args.cond:
-        data = data._replace(labels=torch.zeros(len(data.images), dtype=torch.int64), classes=0)
-    args.resolution, args.in_channels, args.label_dim = size, data.images.shape[1], data.classes
-    choose_labels(1, args.labels, args.label_dim)
-    return data.to(device)
-
-
-def cache_folder(args):
-    """Where downloads go: --data-dir, or the folder of it if it is a zip."""
-    return Path(args.data_dir).parent if Path(args.data_dir).is_file() else Path(args.data_dir)
-
-
-_ARC = [2 * math.pi * i / 60 for i in range(60)]
-_CIRCLE = [cmath.rect(1, a) for a in _ARC]
-_SQUARE = [-0.9 - 0.9j, 0.9 - 0.9j, 0.9 + 0.9j, -0.9 + 0.9j]
-_PLUS = [p * 1j ** turn for turn in range(4) for p in (-0.28 - 1j, 0.28 - 1j, 0.28 - 0.28j)]
-SHAPES = {      # name: outline, points x + yj within [-1, 1]², y downwards
-    'circle': _CIRCLE, 'ring': _CIRCLE, 'square': _SQUARE, 'frame': _SQUARE, 'triangle': [-1j, 1 + 0.8j, -1 + 0.8j],
-    'diamond': [-1.1j, 0.75, 1.1j, -0.75], 'plus': _PLUS, 'cross': [p * cmath.rect(1, math.pi / 4) for p in _PLUS],
-    'heart': [complex(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a)
-                                         - 13 * math.cos(a)) / 16) for a in _ARC],
-    'star': [cmath.rect(r, math.pi * i / 5) * -1j for i, r in enumerate([1.15, 0.48] * 5)]}
-
-
-def draw_shape(i, resolution=16):
-    """Picture i, uint8 (3, resolution, resolution), a function of i alone: shape i % 10, coloured, on a dark ground."""
-    rng, size = random.Random(i), 8 * resolution        # drawn 8 times too large, then averaged: smooth edges
-    colour = lambda s, v: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), s, v))
-    ground, ink = colour(0.5, rng.uniform(0.0, 0.25)), colour(rng.uniform(0.5, 1.0), rng.uniform(0.8, 1.0))
-    cx, cy, r = (size * rng.uniform(*span) for span in [(0.45, 0.55), (0.45, 0.55), (0.34, 0.42)])
-    image = Image.new('RGB', (size, size), ground)
-    name, outline = list(SHAPES.items())[i % len(SHAPES)]
-    for scale, fill in [(r, ink), (0.55 * r, ground)] if name in ('ring', 'frame') else [(r, ink)]:
-        ImageDraw.Draw(image).polygon([(cx + scale * p.real, cy + scale * p.imag) for p in outline], fill=fill)
-    return np.asarray(image.resize((resolution, resolution), Image.Resampling.BOX)).transpose(2, 0, 1)
-
-
-def shapes(n=10_000, resolution=16):
-    """The built-in data set: n pictures of ten shapes, labelled."""
-    images = np.array([draw_shape(i, resolution) for i in progress(range(n), 'drawing shapes')])
-    return Data(torch.from_numpy(images), torch.arange(n) % len(SHAPES), len(SHAPES), None)
-
-
-DAMAGED = 'damaged or cut short; delete it and get it again'
-CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
-CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
-FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
-FMNIST_MD5 = {
-    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-    'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe'}
-
-
-def cifar10(root):
-    """CIFAR-10's training set below `root`: its binary files, or the archive, downloaded if there is neither."""
-    names = [f'data_batch_{i}.bin' for i in range(1, 6)]
-    folder = root if (root / names[0]).exists() else root / 'cifar-10-batches-bin'
-    archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
-    if folder.is_dir():
-        with or_refuse(f'CIFAR-10 in {folder} is incomplete'):
-            parts = [(folder / name).read_bytes() for name in names]
-    else:
-        download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
-        with tarfile.open(archive) as tar:       # read in place: nothing is unpacked to where the archive says
-            parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
-    images, labels = zip(*[cifar10_records(part, folder / name) for part, name in zip(parts, names)])
-    return Data(torch.cat(images), torch.cat(labels), 10, archive.parent)
-
-
-def cifar10_records(data, where):
-    """The bytes of one of CIFAR-10's .bin files -> images uint8 (10000, 3, 32, 32), labels int64 (10000,)."""
-    if len(data) != 30_730_000:
-        raise UserError(f'{where} has {len(data):,} bytes, not 30,730,000: {DAMAGED}')
-    records = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3073)   # label, 1024 red, green, blue
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
-
-
-def fmnist(root):
-    """Fashion-MNIST's training set: its idx files, packed or not, in `root` or root/fashion-mnist, or downloaded."""
-    folder, parts = root if any(root.glob('train-images-idx3-ubyte*')) else root / 'fashion-mnist', []
-    for name, md5 in FMNIST_MD5.items():
-        packed, plain = folder / name, folder / name.removesuffix('.gz')
-        if not packed.exists() and not plain.exists():      # else gzip's own checksum tells: packings differ in MD5
-            download(f'{FMNIST_URL}/{name}', packed, 'md5', md5)
-        with or_refuse(f'{packed} cannot be read'):
-            parts.append(plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes()))
-    images, labels = parts
-    n = len(labels) - 8
-    header = np.array([0x803, n, 28, 28, 0x801, n], '>i4').tobytes()                # 8: bytes; 3, 1: axes
-    if n < 1 or len(images) != 16 + n * 784 or images[:16] + labels[:8] != header or max(labels[8:]) > 9:
-        raise UserError(f'{folder} is not Fashion-MNIST: {DAMAGED}')
-    images, labels = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return Data(images[16:].view(n, 1, 28, 28), labels[8:].long(), 10, root)
-
-
-IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
-MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a file and not in memory
-
-
-def read_image(data, resolution=None):
-    """An image file's bytes -> uint8 (3, H, W), upright; with `resolution`, its central square, resized."""
-    image = Image.open(io.BytesIO(data))
-    if image.mode.startswith('I'):                                                  # 16 bits a pixel
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-    image = ImageOps.exif_transpose(image).convert('RGB')
-    if resolution:
-        side, (w, h) = min(image.size), image.size
-        image = image.crop(((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def folder_or_zip(root):
-    """-> names of the files in it, at any depth, and a function from a name to the file's bytes."""
-    if root.is_dir():
-        names = [path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()]
-        return names, lambda name: (root / name).read_bytes()
-    with or_refuse(f'{root} is no folder or zip of images'):
-        archive, lock = zipfile.ZipFile(root), threading.Lock()     # read in place: no path in it is ever written to
-
-    def read(name):
-        with lock:
-            return archive.read(name)
-    return archive.namelist(), read
-
-
-def image_folder(root, resolution=None):
-    """All images in a folder or zip, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
-
-    With `resolution` they are cropped to the central square and resized; without it they must be squares of one size.
-    """
-    names, read = folder_or_zip(root)
-    files = sorted(n for n in names if n.lower().endswith(IMAGE_FILES) and not Path(n).name.startswith('._'))
-    if not files:
-        raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
-
-    def load(name):
-        with or_refuse(f'{root}: {name} cannot be read'):
-            return read_image(read(name), resolution)
-
-    def decoded():
-        with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
-            for name, image in zip(files, progress(pool.map(load, files), f'reading {root}', len(files))):
-                if image.shape != (3, side, side):
-                    raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
-                                    '--resolution N brings all images to one square')
-                yield image
-
-    side = resolution or min(load(files[0]).shape[1:])
-    shape = (len(files), 3, side, side)
-    if math.prod(shape) <= MAPPED:
-        images = np.array(list(decoded()))
-    else:
-        sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
-        stamp = hashlib.sha256(repr((files, sizes)).encode()).hexdigest()[:12]
-        path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
-        with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
-            if not path.exists():
-                say(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
-                write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
-            images = np.memmap(path, np.uint8, 'c', shape=shape)
-
-    labels, folders = None, [name.split('/')[0] for name in files]
-    if 'dataset.json' in names:
-        with or_refuse(f'{root}: dataset.json does not give every image a label'):
-            table = dict(json.loads(read('dataset.json'))['labels'] or [])
-            labels = torch.tensor([int(table[name]) for name in files]) if table else None
-    elif all('/' in name for name in files) and len(set(folders)) > 1:
-        labels = torch.from_numpy(np.unique(folders, return_inverse=True)[1])
-    classes = 0 if labels is None else int(labels.max()) + 1
-    return Data(torch.from_numpy(images), labels, classes, root.parent)
-
-
-def download(url, path, algorithm, digest):
-    """Fetches `url` to `path` unless it is there; either way its hash must begin with `digest` (hex; None: unknown)."""
-    there = path.exists()
-    failed = f'{path} cannot be read' if there else f'{path} could not be downloaded from {url}'
-    with or_refuse(failed), open(path, 'rb') if there else io.BytesIO() as file:
-        if not there:
-            with urllib.request.urlopen(url, timeout=30) as source:
-                size = int(source.headers.get('Content-Length') or 0)
-                blocks = iter(lambda: source.read(1 << 20), b'')
-                for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
-                    file.write(block)
-            if size and file.tell() != size:            # the connection's end looks like the file's
-                raise OSError(f'only {file.tell():,} of {size:,} bytes came')
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-        if not found.startswith(digest or ''):
-            raise UserError(f'{path if there else url} has {algorithm} {found}, not {digest}: {DAMAGED}')
-        if not there:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, lambda target: target.write(file.getvalue()))
-
-
-# 6. Training steps
-
-def network(net, precision):
-    """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None."""
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision)
-    classes = getattr(net, 'module', net).label_dim
-
-    def call(x, noise_labels, y=None):
-        y = torch.nn.functional.one_hot(y, classes).float() if classes and y is not None else None
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-            return net(x.contiguous(memory_format=torch.channels_last), noise_labels, y).float()
-    return call
-
-
-@contextlib.contextmanager
-def true_float32():
-    """Products inside are float32 whatever --precision says: TF32 would round small differences of distances away."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision('highest')
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def optimal_transport(x0, z):
-    """The order of images x0 (B, ...) whose pairs with z (B, ...) have the least sum of |x0 - sigma_max z|². -> (B,)"""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise UserError('--coupling ot needs SciPy: pip install scipy')
-    with true_float32():
-        gain = z.flatten(1) @ x0.flatten(1).T           # the squares are the same in any order, whatever the scale of z
-    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(x0.device)
-
-
-LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients within float16's range; `finish_gradients` undoes it
-
-
-@torch.no_grad()
-def finish_gradients(params, precision):
-    """Undoes the loss scale and zeroes what is not finite. -> the gradient's norm before that, 0-dim, on the device"""
-    grads = [p.grad for p in params if p.grad is not None]
-    if precision in LOSS_SCALE:
-        torch._foreach_div_(grads, LOSS_SCALE[precision])
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    for grad in grads:
-        torch.nan_to_num_(grad, nan=0.0, posinf=0.0, neginf=0.0)
-    return norm
-
-
-def learning_rate(optimizer, step, lr, decay_steps=None):
-    """Sets the rate for a step, counted from 0: lr, or lr / sqrt(max(step / decay_steps, 1)) (EDM2 Eq. 67)."""
-    for group in optimizer.param_groups:
-        group['lr'] = lr / math.sqrt(max(step / decay_steps, 1)) if decay_steps else lr
-
-
-def ema_decay(step, decay, std=None, ramp=False):
-    """`decay`, or for a relative width `std` that of the power-function EMA (EDM2 App. C); steps from 1.
-
-    ramp: while a diffusion model is trained, the half-life is 5 % of the images seen so far (EDM's published code), so
-    that the average which tuning starts from does not hold the random initial weights.
-    """
-    if ramp:
-        return min(decay, 0.5 ** (20 / step))
-    if std is None:
-        return decay
-    gamma = np.roots([1, 7, 16 - std ** -2, 12 - std ** -2]).real.max()
-    return (1 - 1 / step) ** (gamma + 1)
-
-
-@torch.no_grad()
-def update_ema(ema, net, decay):
-    """ema = decay * ema + (1 - decay) * net, over all parameters in a few fused calls."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-
-class Clock:
-    """Time per part of a step, for --benchmark: clock('backward') books the time since the last call on 'backward'."""
-
-    def __init__(self, args, device):
-        self.args, self.device, self.parts, self.products, self.last = args, device, [], [], None
-
-    def now(self):
-        """Seconds, when the device has done its work."""
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def __call__(self, part):
-        if self.last is not None:
-            now = self.now()
-            self.parts[-1][part] = self.parts[-1].get(part, 0) + now - self.last
-            self.last = now
-
-    def watch(self, net, part):
-        """`network(net)`, whose time is booked on `part`, and what came before its call on 'loss'."""
-        function = network(net, self.args.precision)
-
-        def call(*inputs):
-            self('loss')
-            out = function(*inputs)
-            self(part)
-            return out
-        return call if self.args.benchmark else function
-
-    def steps(self, batches, net):
-        """`batches`; of those of --benchmark the first is for counting operations, the second for warming up."""
-        if not self.args.benchmark:
-            yield from batches
-            return
-        torch.compiler.set_stance('force_eager')                # the counter does not see into compiled code
-        with FlopCounterMode(display=False) as counter:
-            yield next(batches)
-        torch.compiler.set_stance('default')
-        yield next(batches)
-        for _ in range(self.args.benchmark):
-            self.product()
-            self.parts.append({})
-            self.last = self.now()
-            yield next(batches)
-            self('log')
-            self.last = None
-        self.report(counter.get_total_flops(), net)
-
-    def product(self):
-        """Times a large matrix product, which few networks outrun: between steps, under the same conditions."""
-        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.args.precision, torch.float32)
-        n = 8192 if self.device.type == 'cuda' else 2048
-        a = torch.randn(n, n, device=self.device, dtype=dtype)
-        for i in range(6):
-            begin = self.now()
-            a @ a
-            self.products += [2 * n ** 3 / (self.now() - begin)] * (i > 0)              # the first one warms up
-
-    def report(self, flops, net):
-        """Prints medians over the timed steps, whose floating-point operations are `flops` each."""
-        names = {name: None for step in self.parts for name in step}                # in order, each once
-        parts = {name: float(np.median([step.get(name, 0.0) for step in self.parts])) for name in names}
-        total, peak = sum(parts.values()), float(np.median(self.products))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.device.type == 'cuda':
-            memory = torch.cuda.max_memory_allocated()
-        say(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
-            f'peak memory {memory / 2 ** 30:.2f} GiB')
-        say(f'{flops / total / 1e12:.4g} TFLOP/s a process, {flops / total / peak:.1%} of the {peak / 1e12:.4g} of a '
-            f'{self.args.precision} matrix product alone')
-        say('\n'.join(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}' for name, spent in parts.items()))
-        if dist.is_initialized():
-            gradient, spent = torch.zeros(sum(p.numel() for p in net.parameters()), device=self.device), []
-            for _ in range(5):
-                begin = self.now()
-                dist.all_reduce(gradient)
-                spent.append(self.now() - begin)
-            alone = float(np.median(spent))
-            say(f'  averaging the gradients of {world_size()} processes, alone: {alone:.4f} s  {alone / total:.1%} '
-                '(in training it overlaps with the backward pass)')
-
-
-# 7. Runs: the folder, checkpoints, log
-
-CHECKPOINTS = 'checkpoint.pt', 'previous.pt', 'final.pt'        # where a run's weights are, the latest first
-
-
-def check_out(args):
-    """Refuses to write over a run unless asked to."""
-    out = Path(args.out)
-    if args.benchmark or args.resume or args.overwrite or args.use:
-        return
-    if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
-        raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
-                        '--out DIR goes elsewhere')
-    if out.exists() and not out.is_dir():
-        raise UserError(f'--out {out} is a file')
-
-
-def open_run(args, **parts):
-    """Makes the run's folder with config.json; with --resume, brings back the state of `parts`. -> steps done"""
-    out, step = Path(args.out), 0
-    if args.resume:
-        state = load_checkpoint(out)
-        if 'optimizer' not in state:
-            raise UserError(f'{out} holds weights only, no checkpoint.pt to go on from')
-        for name, part in parts.items():
-            restore(part, state[name], out)
-        step = state['step']
-    if args.benchmark:
-        return args.pretrain_steps                              # tuning, not its start, is timed
-    if rank() == 0:
-        config = json.dumps(config_of(args), indent=2).encode()
-        with or_refuse(f'--out {out}'):
-            (out / 'samples').mkdir(parents=True, exist_ok=True)
-            for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
-                for path in out.glob(pattern):
-                    path.unlink()
-            write_atomic(out / 'config.json', lambda file: file.write(config))
-    if dist.is_initialized():
-        dist.barrier()
-    return step
-
-
-def write_atomic(path, write, previous=None):
-    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it.
-
-    The file that had the name before becomes `previous`, or goes.
-    """
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')            # another run may make the same file
-    try:
-        with open(part, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):                     # what torch.save makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
-        raise
-
-
-@contextlib.contextmanager
-def or_go_on(what):
-    """Within this, a full disk costs what was to be written, and not the run."""
-    try:
-        yield
-    except OSError as error:
-        say(f'{what} could not be written ({error.strerror or error}); the run goes on')
-
-
-def save_checkpoint(args, step, **parts):
-    """Everything that --resume needs, from the first process: step, settings, and the state of `parts`."""
-    if rank() == 0 and not args.benchmark:
-        state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, config=config_of(args))
-        out = Path(args.out)
-        with or_go_on(f'{out}/checkpoint.pt of step {step:,}'):
-            write_atomic(out / 'checkpoint.pt', lambda file: torch.save(state, file), previous=out / 'previous.pt')
-
-
-def save_final(args, model, name='final'):
-    """State of the EMA network alone, a plain dict, for this and for others' code, as NAME.pt in the run's folder.
-
-    An encoder that is part of it goes to a file of its own, NAME-encoder.pt.
-    """
-    if rank() or args.benchmark:
-        return
-    network, path = model.state_dict(), Path(args.out) / f'{name}.pt'
-    encoder = {key.removeprefix('encoder.'): network.pop(key) for key in list(network) if key.startswith('encoder.')}
-    with or_refuse(f'{path} could not be written (make room, then --resume)', 1) if name == 'final' else or_go_on(path):
-        write_atomic(path, lambda file: torch.save(network, file))
-        if encoder:
-            write_atomic(path.with_stem(f'{name}-encoder'), lambda file: torch.save(encoder, file))
-        say(f'written: {path}')
-
-
-def keep(args, step, log, evaluate, draw, ema, **parts):
-    """What is due after a step: distances, pictures, a checkpoint. -> whether the run is to stop
-
-    evaluate() -> {name: distance}; draw as a script's `sample`; parts as for `open_run`.
-    """
-    if log.due(step, args.eval_every) and log.evaluated(step, evaluate()):
-        save_final(args, ema, 'best')
-    if log.due(step, args.sample_every) and rank() == 0:
-        images = draw(64, args.nfe[0], seed=args.seed)          # always of the same noise: one sees them form
-        with or_go_on(f'the pictures of step {step:,}'):
-            save_grid(images, Path(args.out) / 'samples' / f'{step:07}.png')
-            save_curves(log.path, Path(args.out) / 'curves.png')
-    if log.due(step, args.save_every) or log.stop:
-        save_checkpoint(args, step, ema=ema, **parts)
-    return log.stop
-
-
-def load_checkpoint(path):
-    """A run's folder, checkpoint.pt, or final.pt beside config.json -> dict with `ema`, `config` and perhaps more.
-
-    Only tensors and plain values are read (`weights_only`): no file can run code. From a folder whose checkpoint.pt is
-    damaged, the checkpoint before it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in CHECKPOINTS if (path / name).exists()] or [path / CHECKPOINTS[0]]
-        for candidate, after in zip(found, found[1:]):
-            try:
-                return load_checkpoint(candidate)
-            except UserError as error:
-                say(f'{error}; going back to {after.name}')
-        path = found[-1]
+    names = ', '.join(name for name in presets if isinstance(name, str))
+    parser = argparse.ArgumentParser(
+        f'{script}.py', f'python {script}.py [FLAGS]', doc, argument_default=argparse.SUPPRESS, add_help=False,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse_flags
+    add_common_flags(parser, script, names, add_flags, example)
+    given = vars(parser.parse_args(argv))                       # nothing but what was said
+
+    free, saved = FREE_FLAGS | set(free.split()), {}
+    uses = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
+    if len(uses) > 1:
+        raise UserError('--sample, --evaluate and --analyse: one at a time')
+    if uses:                                                    # how it was trained is not how it is sampled
+        saved = {name: value for name, value in load_checkpoint(uses[0])['config'].items()
+                 if name not in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels')}
+        free |= {'seed', 'precision'}
+    elif 'resume' in given:
+        saved = read_config(Path(given.get('out', f'runs/{script}-{given.get("dataset", "shapes")}')))
+    if saved.get('script', script) != script:
+        raise UserError(f'that is a run of {saved["script"]}.py, not of {script}.py')
+    for name, value in given.items():
+        if name in saved.keys() - free and value != saved[name]:
+            raise UserError(f'--{name.replace("_", "-")} is {value}, but the run was made with {saved[name]}')
+
+    known = DEFAULTS | saved | given
+    if known['dataset'] not in presets:
+        raise UserError(f'--dataset {known["dataset"]}: not known; choose from {names}')
+    preset = presets.get((known['dataset'], known.get(switch)), presets[known['dataset']])
+    flags = {action.dest: False if action.nargs == 0 else None for action in parser._actions}
+    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=uses[0] if uses else None)
+    if 'help' in given:
+        for action in parser._actions:
+            value = getattr(args, action.dest)
+            if value is not None and value is not False and action.nargs != 0:
+                text = ','.join(map(str, value)) if isinstance(value, list) else value
+                action.help += f' [{text}]'.replace('%', '%%')
+        parser.print_help()
+        sys.exit()
+
+    args.script, args.argv, args.out_given = script, list(argv), 'out' in given
+    args.out = args.out or f'runs/{script}-{args.dataset}'
+    if 'ema' in given and vars(args).get('ema_std'):            # the flag that is given wins over the preset
+        if 'ema_std' in given:
+            raise UserError('--ema and --ema-std: one of them')
+        args.ema_std = None
+    if not saved and 'pretrain_steps' not in given:             # a shorter run has a shorter start
+        args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))
+    if args.pretrain_steps > args.steps:
+        raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
+    if args.init is None:                                       # the published start is for the published network
+        shape = ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution')
+        published = all(getattr(args, name) == preset.get(name) for name in shape) and not args.pretrain_steps
+        args.init = published and preset.get('checkpoint') or 'none'
+    if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
+        print0(f'{args.out} holds no checkpoint yet: starting from the beginning')
+        args.resume, args.overwrite = False, True
+    if args.resume and args.steps != saved.get('steps', args.steps):
+        print0(f'--steps {args.steps:,} instead of {saved["steps"]:,}: the schedule of levels stretches with it')
+    return args
+
+
+def refuse_flags(message):
+    """What argparse says of wrong flags, as one line."""
+    raise UserError(f'{message} (--help lists the flags)')
+
+
+def config_of(args):
+    """The settings of a run as plain values, for config.json and checkpoints."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_KEPT}
+
+
+def read_config(out):
+    """config.json of the run in folder `out`, as a dict."""
+    path = out / 'config.json'
     if not path.exists():
-        raise UserError(f'{path}: there is no such checkpoint')
-    with or_refuse(f'{path} cannot be read as a checkpoint'):
-        with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
-            assert archive.testzip() is None, 'it is damaged'
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        assert state and isinstance(state, dict), 'there are no weights in it'
-        state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
-        assert isinstance(state['config'], dict) and isinstance(state['ema'], dict), 'there are no weights in it'
-        return state
+        raise UserError(f'{out} holds no run: there is no config.json in it')
+    with or_refuse(f'{path} cannot be read'):
+        return dict(**json.loads(path.read_text()))
 
 
-def load_network(path, make_network, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for sampling; its settings are in `.config`."""
-    state, path = load_checkpoint(path), Path(path)
-    model, weights = make_network(argparse.Namespace(**state['config'])), state['ema']
-    if hasattr(model, 'encoder') and not any(key.startswith('encoder.') for key in weights):    # as save_final puts it
-        path = path / 'final.pt' if path.is_dir() else path
-        encoder = load_checkpoint(path.with_stem(f'{path.stem}-encoder'))['ema']
-        weights = weights | {f'encoder.{key}': value for key, value in encoder.items()}
-    restore(model, weights, path)
-    model.config = state['config']
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+# 9. Errors and messages
+
+class UserError(Exception):
+    """An error that the user can fix: one line on stderr; the exit code is 2 for bad input, 1 otherwise."""
+
+    def __init__(self, message, code=2):
+        super().__init__(' '.join(str(message).split()))
+        self.code = code
 
 
-def restore(module, state, path):
-    """module.load_state_dict(state), with a mismatch told in one line."""
-    with or_refuse(f'{path} does not fit this network'):
-        module.load_state_dict(state)
+@contextlib.contextmanager
+def or_refuse(what):
+    """Whatever goes wrong within becomes a UserError, a line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:          # files, archives, decoders and connections have many words for what is damaged
+        raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}')
 
 
-def sampling_noise(model, n, nfe, labels, seed, first):
-    """For each up to 250 of n images to sample: noise, nfe times N(0, I) (b, C, H, W), and their labels (b,)."""
-    config, device = model.config, next(model.parameters()).device
-    shape = (n, config['in_channels'], config['resolution'], config['resolution'])
-    noise = [randn(shape, seed, i, 'sample') for i in range(nfe)]
-    y = choose_labels(n, labels, config['label_dim'], first)
-    for part in progress(torch.arange(n).split(250), 'samples, 250 at a time'):
-        yield [z[part].to(device) for z in noise], y[part].to(device)
+def run(main, argv=None):
+    """Calls `main(argv)` -> exit code. An error that the user can fix is one line on stderr; --debug: a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+        code, message = 0, None
+    except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
+        return stop.code or 0
+    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+        if '--debug' in argv or not (known := explain(error)):
+            raise
+        code, message = known
+    if message:
+        if rank():
+            time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
+        who = f'process {rank()}: ' if rank() else ''
+        print('\n' * _line_open + who + message, file=sys.stderr, flush=True)
+    if dist.is_initialized() and os.environ.get('WATCH_STDIN'):     # a copy: gloo's threads may abort an orderly exit
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; a last one that was cut short is left out."""
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            yield dict(step=(values := json.loads(line))['step']) | values
+def explain(error):
+    """-> exit code and line for an error that is not a fault of the program, else None"""
+    text = str(error)
+    if isinstance(error, UserError):
+        return error.code, text
+    if isinstance(error, KeyboardInterrupt):
+        return 130, 'interrupted'
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text.lower():    # the GPU's, the host's
+        return 2, 'out of memory: lower --batch, or split it with --microbatch'
+    if dist.is_initialized() and any(word in text.lower() for word in ('connection', 'gloo', 'nccl', 'peer')):
+        return 1, 'another process of this run has ended'
 
 
-class Log:
-    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
-
-    Values stay on the device until a flush reads a whole block of steps at once: the loop never waits for them.
-    """
-
-    def __init__(self, args, start, device):
-        self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
-        self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
-        self.pending, self.unwritten, self.signal, self.stop = [], [], False, False
-        self.nonfinite, self.in_a_row = 0, 0                    # steps whose gradients were not finite
-        self.best = math.inf                                    # Fréchet distance
-        self.first = self.shown_step = start
-        self.begin = self.shown = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
-        if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
-            lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
-            self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
-            self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
-            text = ''.join(json.dumps(line) + '\n' for line in lines).encode()
-            with or_refuse(f'{self.path} cannot be written'):
-                write_atomic(self.path, lambda file: file.write(text))
-
-    def _on_signal(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = True
-
-    def step(self, step, **values):
-        """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
-        values['stop'] = torch.full((), float(self.signal), device=self.device)
-        self.names = list(values)
-        self.pending.append(torch.stack([value.detach().float() for value in values.values()]))
-        intervals = self.args.save_every, self.args.sample_every, self.args.eval_every
-        if len(self.pending) >= self.block or any(self.due(step, every) for every in intervals):
-            self.flush(step)
-
-    def due(self, step, every):
-        """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
-        at_end = every and (step % every == 0 or step == self.args.steps)
-        return bool(at_end and not self.args.benchmark and not self.stop)
-
-    def flush(self, step):
-        """Writes pending values, averaged over the processes; UserError after 20 steps without finite gradients."""
-        rows = torch.stack(self.pending)                        # (steps, values)
-        if dist.is_initialized():
-            dist.all_reduce(rows)
-            rows /= world_size()
-        rows, self.pending, lines = rows.tolist(), [], []
-        for number, row in enumerate(rows, step - len(rows) + 1):
-            values = dict(zip(self.names, row))
-            self.stop = values.pop('stop') > 0 or self.stop
-            bad = not all(map(math.isfinite, values.values()))
-            self.nonfinite, self.in_a_row = self.nonfinite + bad, bad * (self.in_a_row + 1)
-            shown = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
-            lines.append({'step': number} | shown | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
-            if self.in_a_row >= 20:
-                break
-        self.write(*lines)
-        if self.in_a_row >= 20:
-            raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step {number}; '
-                            f'the last checkpoint in {self.args.out} is from before. Try a lower --lr '
-                            'or --precision fp32', code=1)
-        now = time.monotonic()
-        if now - self.shown > (0.2 if sys.stdout.isatty() else 15) or step == self.args.steps or self.stop:
-            speed = (step - self.shown_step) / max(now - self.shown, 1e-9) * self.args.batch
-            left = (self.args.steps - step) * (now - self.begin) / (step - self.first)
-            text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            say(f'step {step:,}/{self.args.steps:,}  {text}  {speed:,.0f} img/s  {duration(left)} left',
-                refresh=step < self.args.steps and not self.stop)
-            self.shown, self.shown_step = now, step
-        if self.stop and not self.args.benchmark:
-            command = f'python {self.args.script}.py --resume --out {self.args.out}'
-            say(f'stopping after step {step:,}; go on with: {command}')
-
-    def write(self, *lines):
-        """Appends dicts to metrics.jsonl; what a full disk does not take is kept for the next time."""
-        if rank() or self.args.benchmark:
-            return
-        self.unwritten += [json.dumps(line) + '\n' for line in lines]
-        data = ''.join(self.unwritten).encode()
-        with or_go_on(self.path) if len(self.unwritten) == len(lines) else contextlib.suppress(OSError):    # told once
-            with open(self.path, 'ab', buffering=0) as file:
-                size = file.tell()
-                if file.write(data) < len(data):
-                    file.truncate(size)
-                    raise OSError('no space left')
-            self.unwritten = []
-
-    def evaluated(self, step, distances):
-        """Notes Fréchet distances {name: value}, all of the same model. -> whether the first is the best of the run"""
-        value = next(iter(distances.values()))
-        better, self.best = value < self.best, min(value, self.best)
-        self.write({'step': step, **distances, 'best': self.best})
-        return better
+_line_open = False          # whether the terminal's last line is a progress line that awaits being written over
 
 
-# 8. Pictures
-
-def choose_labels(n, labels, classes, first=0):
-    """`labels` (a list; None: all) in turn from number `first` on, (n,) int64; zeros for a model without classes."""
-    if labels and max(labels) >= classes:
-        raise UserError(f'--labels {max(labels)}: the model has {classes} classes, counted from 0')
-    labels = labels or range(max(classes, 1))
-    return torch.tensor([labels[i % len(labels)] for i in range(first, first + n)])
-
-
-def save_grid(images, path, columns=None):
-    """Images (N, C, H, W) in [-1, 1] -> one PNG, each magnified to about 64 pixels, row by row."""
-    images = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    n, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    zoom, gap = max(1, 64 // width), 2
-    across, down = width * zoom + gap, height * zoom + gap
-    sheet = Image.new('RGB', (columns * across + gap, math.ceil(n / columns) * down + gap), 'white')
-    for i, image in enumerate(images):
-        tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * across, gap + i // columns * down))
-    write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
-
-
-def save_picture(args, name, write):
-    """`write(path)` makes what --sample or --analyse shows, in --out or beside the checkpoint; first process only."""
-    source = Path(args.use)
-    folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
+def print0(text, refresh=False):
+    """Prints a line, from the first process only; with `refresh` one that the next line writes over, on a terminal."""
+    global _line_open
     if rank() == 0:
-        with or_refuse(f'{folder / name} cannot be written'):
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / name)
-        say(str(folder / name))
+        start = '\r\033[K' if _line_open else ''
+        _line_open = refresh and sys.stdout.isatty()
+        print(start + text, end='' if _line_open else '\n', flush=True)
 
 
-def save_samples(args, draw):
-    """--sample: a grid of --n images draw(n, nfe, seed=); of several --nfe, rows of 16 in turn, from the same noise."""
-    sets = torch.stack([draw(args.n, nfe, seed=args.seed) for nfe in args.nfe])         # (len(nfe), n, C, H, W)
-    columns = min(args.n, 16) if len(sets) > 1 else math.ceil(math.sqrt(args.n))
-    blank = sets.new_ones(len(sets), -args.n % columns, *sets.shape[2:])
-    strips = torch.cat([part.flatten(0, 1) for part in torch.cat([sets, blank], 1).split(columns, 1)])
-    name = f'sample-{"-".join(map(str, args.nfe))}-step{"s" * (len(sets) > 1)}.png'     # the rows, from the top
-    save_picture(args, name, lambda path: save_grid(strips, path, columns))
+def progress(items, what, total=None):
+    """Yields from `items`; work that takes over two seconds shows how far it is. total: their number; 0: not known."""
+    total = len(items) if total is None else total
+    begin, shown, pause = time.monotonic(), 0.0, 2.0
+    for i, item in enumerate(items):
+        yield item
+        spent = time.monotonic() - begin
+        if spent - shown > pause and (not total or i + 1 < total):
+            left = f' of {total:,}, {duration(spent / (i + 1) * (total - i - 1))} left' if total else ''
+            print0(f'{what}: {i + 1:,}{left}', refresh=True)
+            shown, pause = spent, 0.5 if sys.stdout.isatty() else 30.0
 
 
-def save_curves(metrics, path):
-    """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
-    panels = {}
-    for line in read_metrics(metrics):
-        for name, value in line.items():
-            if name not in ('step', 'best') and isinstance(value, (int, float)):
-                panels.setdefault(name, {'': []})[''].append((line['step'], value))
-    save_plot(panels, path, 'step')
-
-
-def save_plot(panels, path, x_name):
-    """Curves, each averaged to at most 200 points, as a PNG: panels {title: {name of a curve: [(x, y), ...]}}."""
-    sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
-    draw, inks = ImageDraw.Draw(sheet), ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
-
-    def axis(values, much):
-        """-> values at 0, 1/2 and 1 of an axis, function from values to shares of it, a note if it is logarithmic"""
-        low, high = values.min(), values.max()
-        if low > 0 and high > much * low:
-            return np.geomspace(low, high, 3), lambda v: np.log(v / low) / np.log(high / low), ' (log scale)'
-        return np.linspace(low, high, 3), lambda v: (v - low) / (high - low or 1), ''
-
-    for row, (title, curves) in enumerate(panels.items()):
-        at = lambda x, y: (74 + 626 * x, 240 * row + 196 - 168 * y)         # shares of the axes -> pixels
-        parts = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
-        curves = {name: np.array([part.mean(0) for part in parts(points)]) for name, points in curves.items()}
-        xs, ys = np.concatenate(list(curves.values())).T
-        x_ticks, x_share, _ = axis(xs, math.inf if x_name == 'step' else 1000)
-        y_ticks, y_share, note = axis(ys, 20)
-        draw.rectangle([at(0, 1), at(1, 0)], outline='#bbbbbb')
-        draw.text(at(0, 1.05), title + note, 'black', font, anchor='ls')
-        draw.text(at(0.5, -0.14), x_name, 'black', font, anchor='ma')
-        for share, x, y, anchor in zip((0, 0.5, 1), x_ticks, y_ticks, ('la', 'ma', 'ra')):
-            draw.text(at(share, -0.05), f'{x:,.5g}', 'black', font, anchor=anchor)
-            draw.text(at(-0.01, share), f'{y:.4g}', 'black', font, anchor='rm')
-        for i, (name, curve) in enumerate(curves.items()):
-            x, y = at(x_share(curve[:, 0]), y_share(curve[:, 1]))
-            draw.line([*zip(x, y)], fill=inks[i], width=2)
-            draw.ellipse([x[-1] - 3, y[-1] - 3, x[-1] + 3, y[-1] + 3], fill=inks[i])        # shows a single point, too
-            draw.text(at(1 - 0.15 * (len(curves) - i), 1.05), name, inks[i], font, anchor='ls')
-    write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
+def duration(seconds):
+    """3725.0 -> '1:02:05'."""
+    return str(datetime.timedelta(seconds=int(seconds))).removeprefix('0:')

@@ -261,7 +261,7 @@ def evaluate(judge, args, draw):
     for nfe in args.nfe:
         images = lambda first, n: common.to_uint8(draw(n, nfe, seed=common.key(args.seed, first // LOT), first=first))
         value = frechet_distance(*measure(args.fid_num, images, features)[:2], *reference[:2])
-        common.say(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
+        common.print0(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
         found[f'{name}, {nfe} step'] = value
     return found
 

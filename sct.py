@@ -16,27 +16,34 @@ x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1; the estimator of Xu et al. 
 
 Besides, the gap between t and r shrinks smoothly instead of in ECT's stages (`--schedule`); the noise levels may be cut
 into phases with a boundary condition each, for a model that samples in a few deterministic steps (`--phases`,
-`--edges`), which land just below an edge (edge-skipping, `--eta`); and an earlier average of the run, which is worse,
+`--edges`), which land just below an edge (edge-skipping, `--eta`); and an earlier average of the run, a weaker model,
 guides the last (`--keep-ema`, `--guide`).
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
     python sct.py --sample runs/sct-shapes --nfe 2                # a grid of images; --evaluate: FID
+    python sct.py --analyse runs/sct-shapes                       # variance of the target and of the gradient
 
-Where the paper leaves a choice, and where we deviate from it:
- 1. References of `--ref-size batch` are the global minibatch, over all processes: our reading of "a batch".
- 2. `--ref-size all` takes the whole training set, hence its exact score: beyond the paper, the default of `shapes`.
- 3. With labels (`--cond`) an image's references are those of its label among the batch or N, which may leave it alone
-    (ImageNet, batch 128: 88 % of the samples); `all` has them all.
- 4. `--schedule smooth` lets ECT's stage grow continuously, to one beyond ECT's last: our reading of "smoother".
- 5. Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
-    t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, after Phased Consistency Models
-    (Wang et al. 2024, arXiv 2405.18407). Edge-skipping lands at eta times an edge; guidance is by an earlier average.
- 6. `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels and weight, drawn to
-    the posterior mean as well, and with the mean over pixels for a loss.
- 7. The boundary is m = 0 in training, so that a diffusion model is a valid start, and sigma_min in sampling.
- 8. Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. No flips in training.
+Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`# [n]` in the code):
+ [1] References are the whole training set (`all`), hence its exact score, where the data fit in memory: the best of
+     the paper's Fig. 4. `batch` is the global minibatch, over all processes; of N, as many are drawn anew in each step.
+ [2] With labels an image's references are of its own class. A batch of many classes may leave it alone (ImageNet,
+     batch 128: 88 % of the samples), and ECT is what remains: N is of each class.
+ [3] `--schedule smooth` lets ECT's stage grow continuously, to one beyond ECT's last: our reading of "smoother".
+ [4] `--weighting t`, 1 / t, does not grow as the gap shrinks: our reading of "a smooth weighting function", of which
+     reviewers of the paper speak. The default is ECT's.
+ [5] Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
+     t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, after Phased Consistency Models
+     (Wang et al. 2024, arXiv 2405.18407). Edge-skipping lands at eta times an edge.
+ [6] `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels, weight and ramp of
+     the average, regressed to the posterior mean as well, and with the mean over pixels for a loss.
+ [7] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003).
+ [8] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
+ [9] CIFAR-10: 400,000 steps are the longer run of ECT's table; its published script ends after 200,000. ImageNet-64:
+     fp32 and one average, of width 0.10; ECT trains in TF32 and keeps four side by side.
+[10] FID is of equal shares of all classes; ECT draws labels of training images.
 """
+import argparse
 import copy
 import functools
 import random
@@ -44,6 +51,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import common
@@ -52,12 +60,12 @@ from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
-ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
-    arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None,
-    P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation
+ECT = dict(                     # ECT's settings for CIFAR-10 (its Tab. 5), which SCT keeps
+    arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None, flip=False,
+    P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
     stages=8, schedule='smooth',    # q^-1 ... q^-8 with ect, q^-1 to q^-9 with smooth: how the gap shrinks over the run
-    phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None, flip=False,
+    phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), 1 / t or EDM's lambda(t)
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='all', pretrain_steps=0, cond=False,
@@ -67,7 +75,7 @@ PRESETS = {
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
         batch=32, steps=2400, pretrain_steps=300, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
         save_every=500, sample_every=200, eval_every=2400, fid_features='pixels', fid_num=2000),
-    'cifar10': ECT | dict(      # DDPM++
+    'cifar10': ECT | dict(      # DDPM++                                                                            [9]
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
         checkpoint=URLS['cifar10'], batch=128, steps=400_000, lr=1e-4)}
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], checkpoint=None)  # ours
@@ -102,19 +110,35 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
 
 
-def stage_at(step, steps, stages, schedule):
+def stage_at(step, steps, stages, schedule='ect'):
     """The stage that `lower_level` takes at a step of tuning: ECT's 0 ... stages - 1, or smoothly 0 to stages."""
-    return min(step / steps, 1) * stages if schedule == 'smooth' else min(step * stages // steps, stages - 1)
+    if schedule == 'smooth':                                                                                    # [3]
+        return min(step / steps, 1) * stages
+    return min(step * stages // steps, stages - 1)
 
 
 def phase_edges(phases, edges=None):
-    """0 = s_0 < ... < s_M = sigma_max: by rho 7, or s_1 ... s_(M-1) as given in `edges`. -> list of M + 1"""
+    """0 = s_0 < ... < s_M = sigma_max: by rho 7, or s_1 ... s_(M-1) as given in `edges` [5]. -> list of M + 1"""
     return [0.0, *(edges or rho_levels(phases)[1:phases]), SIGMA_MAX]
 
 
 def phase_floor(t, edges):
-    """The lower edge s < t of each level's phase; levels above sigma_max are in the last. (B,), (M + 1,) -> (B,)"""
-    return edges[torch.searchsorted(edges[:-1].contiguous(), t) - 1]
+    """The lower edge s < t of each level's phase; levels above sigma_max are in the last. (B,) -> (B,)"""
+    s = torch.zeros_like(t)
+    for edge in edges[1:-1]:
+        s = torch.where(t > edge, edge, s)
+    return s
+
+
+def level_pairs(args, step, device):
+    """t and r of the global batch of a step. -> (B,) each"""
+    normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
+    if step < args.pretrain_steps:
+        t = upper_level(normal, -1.2, 1.2)                              # EDM Tab. 1 for the diffusion model
+        return t, t
+    t = upper_level(normal, args.P_mean, args.P_std)
+    stage = stage_at(step - args.pretrain_steps, args.steps - args.pretrain_steps, args.stages, args.schedule)
+    return t, lower_level(t, stage, args.q, args.k, args.b).maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
 
 
 # 3. Model
@@ -124,14 +148,14 @@ def f(net, x, t, y=None, m=0.0):
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
-    s, t4 = SIGMA_DATA, t[:, None, None, None]
-    c_skip = s ** 2 / ((t4 - m) ** 2 + s ** 2)
-    c_out = s * (t4 - m) / (s ** 2 + t4 ** 2).sqrt()
-    c_in = 1 / (s ** 2 + t4 ** 2).sqrt()
+    t4 = t[:, None, None, None]                                         # to go with images
+    c_skip = SIGMA_DATA ** 2 / ((t4 - m) ** 2 + SIGMA_DATA ** 2)
+    c_out = SIGMA_DATA * (t4 - m) / (SIGMA_DATA ** 2 + t4 ** 2).sqrt()
+    c_in = 1 / (SIGMA_DATA ** 2 + t4 ** 2).sqrt()
     return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # at t = 0, c_out is 0: f is x
 
 
-# 4. Variance reduction (SCT Sec. 4.1): x0_hat and eps_hat = (x_t - x0_hat) / t, which make x_r, and so the target
+# 4. Target: variance reduction (SCT Sec. 4.1) by x0_hat and eps_hat = (x_t - x0_hat) / t, which make x_r
 
 def posterior_mean(x_t, t, refs, allowed=None):
     """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
@@ -169,7 +193,8 @@ def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
                 new_top = torch.maximum(top, logits.amax(1, keepdim=True))
                 weights, shrink = (logits - new_top).exp(), (top - new_top).exp()           # (B, n), (B, 1)
                 total = total * shrink + weights.sum(1, keepdim=True)
-                mean, top = mean * shrink + weights @ x0, new_top
+                mean = mean * shrink + weights @ x0
+                top = new_top
     return (mean / total).view_as(x_t)
 
 
@@ -193,44 +218,69 @@ def draw_references(n, own, data, members, *key):
     return index, of_class & ~torch.where(is_own.any(1, keepdim=True), is_own, last)
 
 
+def estimate_x0(args, step, data, members, index, x_all, x_t, t):
+    """x0_hat by --ref-size, of this process's x_t (b, C, H, W), t (b,). -> (b, C, H, W)
+
+    index (B,) within data and x_all (B, C, H, W) are of the global batch.
+    """
+    mine = common.rank_slice(args.batch)
+    x0, own = x_all[mine], index[mine]
+    if args.ref_size == '1':
+        return x0                                                       # ECT
+    if args.ref_size == 'all':                                                                                  # [1]
+        return posterior_mean_of_all(x_t, t, own, data, members, args.flip)
+    if args.ref_size == 'batch':
+        same_class = data.labels[own, None] == data.labels[index]                                               # [2]
+        return posterior_mean(x_t, t, x_all, same_class.to(x_t.device, non_blocking=True))
+    drawn, allowed = draw_references(int(args.ref_size), own, data, members, args.seed, step, 'refs')
+    refs = data.at(drawn, x_t.device)[0]
+    if args.flip:
+        refs = common.mirror(refs, args.seed, step, 'refs')
+    allowed = torch.cat([allowed, torch.eye(len(own), dtype=torch.bool)], 1)            # and each sample's own image
+    return posterior_mean(x_t, t, torch.cat([refs, x0]), allowed.to(x_t.device, non_blocking=True))
+
+
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
-def loss(net, x_t, t, x0_hat, eps_hat, r, y=None, teacher=None, mask=0, weighting='gap', c=0.0, s=None):
-    """Consistency loss of each sample (that of ECT, with the target of SCT). -> (B,)
+def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, weighting='gap', edges=(0.0, SIGMA_MAX)):
+    """Consistency loss of each sample (ECT Eq. 12, with the target of SCT). -> (B,)
 
-    The student f(x_t, t) is drawn to the teacher f(x_r, r) at x_r = x0_hat + r eps_hat; with phases, the points that
-    both predict for the lower edge s (B,) of t's phase are compared. Where r = s that point is x_r: x0_hat if s = 0.
-    `mask` seeds the dropout: both networks drop the same units, so that their difference is not that of two masks.
+    x_t, x_r (B, C, H, W), t, r (B,); teacher: the same weights, no gradient. With phases, between `edges`, the
+    points that both predict for the lower edge s of t's phase are compared; where r = s that of the teacher is x_r.
+    `seed` is the dropout's: both drop the same units, so that their difference is not that of two masks.
     """
     r4, t4 = r[:, None, None, None], t[:, None, None, None]
-    s4 = torch.zeros_like(t4) if s is None else s[:, None, None, None]
-    x_r = x0_hat + r4 * eps_hat
-    torch.manual_seed(mask)
-    student = at_level(f(net, x_t, t, y), x_t, t4, s4)
-    with torch.no_grad():                                                       # stop-gradient
-        torch.manual_seed(mask)
+    s4 = phase_floor(t, edges)[:, None, None, None]
+    torch.manual_seed(seed)
+    student = at_level(f(net, x_t, t, y), x_t, t4, s4)                                                          # [7]
+    with torch.no_grad():                                               # stop-gradient
+        torch.manual_seed(seed)
         target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
-    return distance * {'gap': lambda: 1 / (t - r), 't': lambda: 1 / t, 'edm': lambda: edm_weight(t)}[weighting]()
+    if weighting == 't':                                                                                        # [4]
+        return distance * (1 / t)
+    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+
+
+def loss_settings(args):
+    """What the flags say to `loss`."""
+    return dict(c=args.c, weighting=args.weighting, edges=phase_edges(args.phases, args.edges))
 
 
 def at_level(x0_hat, x_t, t, s):
-    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s: x0_hat + s (x_t - x0_hat) / t."""
+    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s [5]. (B, C, H, W), (B, 1, 1, 1)"""
     return x0_hat + s * (x_t - x0_hat) / t
 
 
-def denoising_loss(net, x_t, t, x0_hat, y=None, mask=0):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels. -> (B,)
-
-    Its target is the posterior mean, too.
-    """
-    torch.manual_seed(mask)
+def denoising_loss(net, x_t, t, x0_hat, y=None, seed=0):
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels [6]. -> (B,)"""
+    torch.manual_seed(seed)
     return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)
 
 
 def edm_weight(t):
-    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Table 1). (B,) -> (B,)"""
+    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Tab. 1). (B,) -> (B,)"""
     return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
@@ -244,19 +294,19 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A
     model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
-    `guide`: a worse model, evaluated as often, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
+    `guide`: a weaker model, evaluated as often, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
     """
     config, images = model.config, []
     net, bad = (common.network(one, config['precision']) for one in (model, guide or model))
     edges = phase_edges(config['phases'], config['edges'])
-    levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
+    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [8]
     if len(edges) > 2:
         if nfe != len(edges) - 1:
             raise common.UserError(f'--nfe {nfe}: a model of {len(edges) - 1} phases takes as many evaluations')
         levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
     elif nfe == 2:
         levels[1] = config['t_mid']
-    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                 # [10]
         x = SIGMA_MAX * noise[0]
         for i, level in enumerate(levels):
             t = torch.full_like(x[:, 0, 0, 0], level)
@@ -277,73 +327,72 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 
 # 7. Training
 
+def ema_decay(args, step):
+    """Decay of the moving average after a step, counted from 0.
+
+    While a diffusion model is trained, EDM's ramp: a half-life of 5 % of the images so far, or the average would start
+    with the random weights. Then `--ema`, or with a relative width the power function's (EDM2 App. C). [6]
+    """
+    if step < args.pretrain_steps:
+        return min(args.ema, 0.5 ** (20 / (step + 1)))
+    if args.ema_std is None:
+        return args.ema
+    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()
+    return (1 - 1 / (step - args.pretrain_steps + 1)) ** (gamma + 1)
+
+
 def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
-    judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
+    fid_reference = fid.prepare(args, device, data)                     # fail before training, not after
 
     net = initial_network(args, device, tunes=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # fused
+    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
-    wrapped, clock, log = common.distributed(net, args), common.Clock(args, device), common.Log(args, start, device)
-    student, teacher = clock.watch(wrapped, 'student'), clock.watch(net, 'teacher')
-    draw = functools.partial(sample, ema, labels=args.labels)
-    evaluate, mine = functools.partial(fid.evaluate, judge, args, draw), common.my_part(args.batch)
-    edges = torch.tensor(phase_edges(args.phases, args.edges), device=device)
-    kept = [round(share * args.steps) for share in args.keep_ema or []]
+    wrapped = common.distributed(net, args)
+    student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     members = class_members(data)
-    fewest = min(n for n in map(len, members) if n)
-    if args.ref_size.isdigit() and int(args.ref_size) > fewest:
-        common.say(f'--ref-size {args.ref_size}: some class has but {fewest} images, which are all used')
+    sample_fn = functools.partial(sample, ema, labels=args.labels)
+    evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
+    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
+    settings = loss_settings(args)
 
-    for step, index, x_all, y_all in clock.steps(common.batches(data, args, start, device), net):
-        if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
+    for step in clock.steps(start):
+        pretraining = step < args.pretrain_steps
+        done = step if pretraining else step - args.pretrain_steps
+        if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws: t, r and noise, of the global batch, so that any number of processes trains on the same ones.
-        normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)[mine]
-        x0, y = x_all[mine], y_all[mine]
-        pretraining = step < args.pretrain_steps
-        levels = (-1.2, 1.2) if pretraining else (args.P_mean, args.P_std)      # EDM Table 1 for the diffusion model
-        t = upper_level(normal('level'), *levels)
-        done = step - args.pretrain_steps * (not pretraining)
-        stage = stage_at(done, max(args.steps - args.pretrain_steps, 1), args.stages, args.schedule)
-        s = phase_floor(t, edges)
-        r = lower_level(t, stage, args.q, args.k, args.b).maximum(s)
-        eps = normal('noise', *x0.shape[1:])
+        # Draws, of the global batch, so that any number of processes trains on the same ones.
+        index = common.batch_indices(len(data.images), args.batch, step, args.seed)
+        x_all, y_all = data.at(index, device)
+        if args.flip:
+            x_all = common.mirror(x_all, args.seed, step, 'flip')
+        eps_all = common.randn(x_all.shape, args.seed, step, 'noise', device=device)
+        t, r = (level[mine] for level in level_pairs(args, step, device))
         clock('data')
 
-        # Variance reduction.
-        x_t = x0 + t[:, None, None, None] * eps
-        if args.ref_size == '1':                                                # ECT, bit for bit
-            x0_hat, eps_hat = x0, eps
-        else:
-            if args.ref_size == 'all':
-                x0_hat = posterior_mean_of_all(x_t, t, index[mine], data, members, args.flip)
-            elif args.ref_size == 'batch':
-                x0_hat = posterior_mean(x_t, t, x_all, y[:, None] == y_all)
-            else:
-                drawn, allowed = draw_references(int(args.ref_size), index[mine], data, members, args.seed, step, 'refs')
-                refs, own = data.at(drawn, device)[0], torch.eye(len(x0), dtype=torch.bool)
-                refs = common.mirror(refs, args.seed, step, 'refs') if args.flip else refs
-                x0_hat = posterior_mean(x_t, t, torch.cat([refs, x0]), torch.cat([allowed, own], 1).to(device))
-            eps_hat = (x_t - x0_hat) / t[:, None, None, None]
-        clock('reference mean')
+        # Target (Sec. 4.1): both points lie on the line through x_t and x0_hat.
+        x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
+        t4, r4 = t[:, None, None, None], r[:, None, None, None]
+        x_t = x0 + t4 * eps
+        x0_hat = estimate_x0(args, step, data, members, index, x_all, x_t, t)
+        eps_hat = eps if args.ref_size == '1' else (x_t - x0_hat) / t4          # ECT, bit for bit
+        x_r = x0_hat + r4 * eps_hat
+        clock('target')
 
         # Loss and gradient.
         total = torch.zeros((), device=device)
-        for part, mask in common.microbatches(wrapped, args, step):
+        for part, seed in common.microbatches(wrapped, args, step):
             if pretraining:
-                value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y[part], mask)
+                value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y[part], seed)
             else:
-                value = loss(student, x_t[part], t[part], x0_hat[part], eps_hat[part], r[part], y[part], teacher, mask,
-                             args.weighting, args.c, s[part])
-            clock('loss')
-            (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
-            total += value.detach().sum() / len(x0)
+                value = loss(student, x_t[part], t[part], x_r[part], r[part], y[part], teacher, seed, **settings)
+            clock('forward')
+            total += common.backward(value, len(x0), args.precision)
             clock('backward')
 
         # Update.
@@ -351,18 +400,50 @@ def train(args):
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad()
-        clock('optimiser')
-        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std, ramp=pretraining))
-        clock('EMA')
+        common.update_ema(ema, net, ema_decay(args, step))
+        clock('update')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
-        if step + 1 in kept:                                                    # a worse self, for --guide
+        if step + 1 in [round(share * args.steps) for share in args.keep_ema or []]:    # a weaker model, for --guide
             common.save_final(args, ema, f'ema-{step + 1}')
-        if common.keep(args, step + 1, log, evaluate, draw, net=net, ema=ema, optimizer=optimizer):
+        if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
             return
     common.save_final(args, ema)
 
 
-# 8. Command line
+# 8. The variance that SCT is about
+
+def analyse(args, model, device):
+    """Prints and draws, in `analyse.png`, by noise level and references, of 8 batches of 64 images:
+
+    the distance of the target from the exact one, mean square of x0_hat - E[x0 | x_t]; and the gradient's noise at the
+    last stage, |g1 - g2| of two batches over the norm of the mean gradient.
+    """
+    data, net = common.load_data(args, device), common.network(model.requires_grad_(True), args.precision)
+    members, stage, params = class_members(data), args.stages - (args.schedule == 'ect'), list(model.parameters())
+    panels = {'target: mean square error': {}, 'gradient: noise over mean': {}}
+    for level in common.progress(rho_levels(9)[2:], 'noise levels'):
+        for size in ('1', 'batch', '256', 'all'):
+            settings, errors, gradients = argparse.Namespace(**vars(args) | dict(ref_size=size, batch=64)), [], []
+            for j in range(8):
+                index = common.batch_indices(len(data.images), 64, j, args.seed)
+                x0, y = data.at(index, device)
+                t = torch.full_like(x0[:, 0, 0, 0], level)
+                r = lower_level(t, stage, args.q, args.k, args.b)
+                x_t = x0 + level * common.randn(x0.shape, args.seed, j, 'analyse', device=device)
+                x0_hat = estimate_x0(settings, j, data, members, index, x0, x_t, t)
+                exact = posterior_mean_of_all(x_t, t, index, data, members, args.flip)
+                errors.append((x0_hat - exact).square().mean().item())
+                value = loss(net, x_t, t, at_level(x0_hat, x_t, level, r[0]), r, y, **loss_settings(args)).mean()
+                found = torch.autograd.grad(value, params, allow_unused=True)
+                gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+            noise = torch.stack([(a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])]).mean()
+            results = np.mean(errors), (noise / torch.stack(gradients).mean(0).norm()).item()
+            for curves, result in zip(panels.values(), results):
+                curves.setdefault(size, []).append((level, result))
+    common.show_panels(args, panels, 'sigma')
+
+
+# 9. Command line
 
 def add_flags(add, number):
     """The flags that are SCT's own."""
@@ -377,24 +458,15 @@ def add_flags(add, number):
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
     add('--keep-ema', type=number(float, 1e-6, 1, many=True), metavar='X,X', help='keep the EMA at these shares')
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
-    add('--guide', metavar='CKPT', help='a worse self to be guided by when sampling: twice the evaluations')
+    add('--guide', metavar='CKPT', help='a weaker model to be guided by when sampling: twice the evaluations')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
 
 def main(argv):
-    """`python sct.py`: trains, or with --sample / --evaluate uses what was trained."""
-    args = common.parse_args('sct', __doc__, PRESETS, add_flags, '--ref-size all --phases 2 --eta 0.9', argv)
-    if not re.fullmatch('batch|all|[1-9][0-9]{0,5}', args.ref_size):
-        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number below a million')
-    if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
-        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
-    if args.guide and not args.use:
-        raise common.UserError('--guide is for --sample and --evaluate')
-    if (args.guide is None) != (args.guidance is None):
-        raise common.UserError('--guide and --guidance go together: the worse model, and how far to go from it')
-    args.nfe = args.nfe or [args.phases]
-    if args.phases > 1 and args.nfe != [args.phases]:
-        raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
+    """`python sct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
+    args = common.parse_args('sct', __doc__, PRESETS, add_flags, '--ref-size all --phases 2 --eta 0.9', argv,
+                             free='eta guide guidance keep_ema')
+    check_flags(args)
     if not args.use:
         return train(args)
     device = common.start(args)
@@ -402,10 +474,29 @@ def main(argv):
     model.config['precision'] = args.precision
     if guide and any(guide.config[key] != model.config[key] for key in ('label_dim', 'resolution', 'in_channels')):
         raise common.UserError(f'--guide {args.guide}: of other classes or another size than {args.use}')
-    draw = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
+    sample_fn = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
+    if args.analyse:
+        return analyse(args, model, device)
     if args.sample:
-        return common.save_samples(args, draw)
-    fid.evaluate(fid.prepare(args, device), args, draw)
+        return common.save_samples(args, sample_fn)
+    fid.evaluate(fid.prepare(args, device), args, sample_fn)
+
+
+def check_flags(args):
+    """Refuses flags that do not go together, and fills in what follows from others."""
+    if not re.fullmatch('batch|all|[1-9][0-9]{0,5}', args.ref_size):
+        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number below a million')
+    if (args.stages + 1) * np.log(args.q) > np.log(1e6):
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
+    if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
+        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
+    if args.guide and not args.use:
+        raise common.UserError('--guide is for --sample and --evaluate')
+    if (args.guide is None) != (args.guidance is None):
+        raise common.UserError('--guide and --guidance go together: the weaker model, and how far to go from it')
+    args.nfe = args.nfe or [args.phases]
+    if args.phases > 1 and args.nfe != [args.phases]:
+        raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
 
 
 if __name__ == '__main__':

@@ -416,7 +416,7 @@ def initial_network(args, device, tunes=False):
     net = make_network(args)
     net.config = common.config_of(args)
     if tunes and args.init == 'none' and not args.pretrain_steps and not args.resume:
-        common.say('tuning starts from random weights; --init CKPT or --pretrain-steps N for a diffusion model')
+        common.print0('tuning starts from random weights; --init CKPT or --pretrain-steps N for a diffusion model')
     if args.init != 'none' and not args.resume:
         run = Path(args.init)                                   # perhaps a run's folder
         path = next((path for path in (run / 'final.pt', run / 'checkpoint.pt') if path.exists()), args.init)

@@ -20,21 +20,27 @@ distance (Pooladian et al. 2023, arXiv 2304.14772). Levels, d and w are those of
 scratch (`--base ict`, Song & Dhariwal 2023, arXiv 2310.14189), or of Easy Consistency Tuning, from a diffusion model
 (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 
-    python vct.py                                                 # ten shapes, five to fifteen minutes on a CPU
+    python vct.py                                                 # ten shapes, some five minutes on two CPU cores
     python vct.py --dataset cifar10 --gpus 8                      # the paper's setting, from scratch
     python vct.py --dataset cifar10 --base ecm --gpus 8           # tuned from EDM's diffusion model
     python vct.py --sample runs/vct-shapes --nfe 2                # a grid of images; --evaluate: FID
     python vct.py --analyse runs/vct-shapes                       # the emitted noise, and its effect on the loss
 
-Where the paper leaves a choice, and where we deviate from it or from the published code:
- 1. With ict, pseudo-Huber is of every number, as in the published code, where beta is 30; iCT's is of the vector.
- 2. The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling.
- 3. The encoder has the network's multipliers and attention, 32 channels at multiplier 1, and no dropout: our reading.
- 4. `--pretrain-steps` first trains ECM's diffusion model on independent noise, and the encoder with the KL term alone.
- 5. When sampling, the encoder emits the noise of every step after the first, as the published code of the second.
- 6. `--coupling ot` assigns within the global minibatch whatever the labels: a class's noise is not quite N(0, I).
- 7. `vc` clips the gradient at 200 and the others do not, as in the published code; that alone may tell them apart.
- 8. Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. No flips in training.
+Where the paper leaves a choice, and where we deviate from it or its published code (`# [n]` in the code):
+ [1] With ict, pseudo-Huber is of every number, as in the published code, where beta is 30; iCT's is of the vector.
+ [2] The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling.
+ [3] The encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1, as published.
+ [4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
+     encoder with the KL term alone.
+ [5] When sampling, the encoder emits the noise of every step after the first, as published. With `ot` the published
+     sampler pairs its first output with the noise by optimal transport; here it is independent.
+ [6] `--coupling ot` assigns within the global minibatch whatever the labels: a class's noise is not quite N(0, I).
+ [7] `vc` clips the gradient at 200 and the others do not, as in the published code; that alone may tell them apart.
+ [8] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
+ [9] ImageNet-64 has the power-function average (EDM2 App. C). The published code has it the wrong way round, so that
+     its figures are of practically raw weights: `--ema 0` gives those. The kernel `li` is called `cot` there.
+[10] FID is of the last average, rounded, in equal shares of the classes; the published one is the best of the run
+     (of two steps), of samples truncated to 8 bits, their classes drawn at random.
 """
 import argparse
 import copy
@@ -43,6 +49,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import common
@@ -55,31 +62,40 @@ VCT = dict(                     # what the two bases share; the network is DDPM+
     arch='songunet', width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, dropout_res=None,
     s0=10, s1=1280,             # ict: there are s0 pairs of levels at first and s1 in the end
     q=2.0, k=8.0, b=1.0, stages=8,  # ecm: the gap between t and r, divided by q so many times: see `lower_level`
-    P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and deviation (ict: at the levels of the discretisation)
-    coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', clip=None, checkpoint=None, pretrain_steps=0,
+    P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation (ict: at the discrete levels)
+    coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', checkpoint=None, pretrain_steps=0,
+    clip=None,                  # longest gradient; None: 200 with vc, any without                                  [7]
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
     cond=False, flip=False, nfe=[1], save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
-ICT = VCT | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)       # c times sqrt(D), for images of D numbers
+ICT = VCT | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)   # c times sqrt(D), for images of D numbers [1]
 ECM = VCT | dict(base='ecm', beta=10.0, huber='vector', c=0.0)
-PRESETS = {}
-for name, base, both, ict, ecm in [     # data set, usual base, settings of both, of iCT, of ECM; as CIFAR-10 if unknown
-        ('shapes', 'ecm', dict(         # built in; ours, sized for two CPU cores
-            resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True, batch=32,
-            encoder_width=16, steps=1600, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
-            eval_every=1600, fid_features='pixels', fid_num=2000),
-         dict(s1=80), dict(beta=1.0, stages=3, pretrain_steps=600)),
-        ('fmnist', 'ict', dict(resolution=28, width=64, attn_resolutions=[]), dict(dropout=0.3), {}),
-        ('cifar10', 'ict', dict(resolution=32, flip=True), dict(dropout=0.3, batch=512), dict(checkpoint=URLS['cifar10'])),
-        ('ffhq64', 'ecm', dict(resolution=64, mults=[1, 2, 2, 2]), {}, dict(checkpoint=URLS['ffhq64'])),
-        ('imagenet64', 'ecm', dict(     # EDM2-S
-            arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
-            attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
-            optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10), {},
-         dict(beta=90.0, P_mean=-0.8, P_std=1.6, stages=4, c=0.06, weighting='edm', checkpoint=URLS['imagenet64'])),
-        ('folder', 'ict', dict(resolution=None), dict(dropout=0.3, batch=512), {})]:            # your pictures
-    PRESETS[name, 'ict'], PRESETS[name, 'ecm'] = ICT | both | ict, ECM | both | ecm
-    PRESETS[name] = PRESETS[name, base]
+SHAPES = dict(                  # built in; ours, sized for two CPU cores
+    resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True, batch=32,
+    encoder_width=16, steps=1600, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
+    eval_every=1600, fid_features='pixels', fid_num=2000)
+FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
+FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
+IMAGENET = dict(                # EDM2-S
+    arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
+    attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
+    optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [9]
+PRESETS = {
+    ('shapes', 'ict'): ICT | SHAPES | dict(s1=80),
+    ('shapes', 'ecm'): ECM | SHAPES | dict(beta=1.0, stages=3, pretrain_steps=600),
+    ('fmnist', 'ict'): ICT | FMNIST | dict(dropout=0.3),
+    ('fmnist', 'ecm'): ECM | FMNIST,                                                                            # ours
+    ('cifar10', 'ict'): ICT | dict(resolution=32, flip=True, dropout=0.3, batch=512),
+    ('cifar10', 'ecm'): ECM | dict(resolution=32, flip=True, checkpoint=URLS['cifar10']),
+    ('ffhq64', 'ict'): ICT | FFHQ,                                                                              # ours
+    ('ffhq64', 'ecm'): ECM | FFHQ | dict(checkpoint=URLS['ffhq64']),
+    ('imagenet64', 'ict'): ICT | IMAGENET,                                                                      # ours
+    ('imagenet64', 'ecm'): ECM | IMAGENET | dict(
+        beta=90.0, P_mean=-0.8, P_std=1.6, stages=4, c=0.06, weighting='edm', checkpoint=URLS['imagenet64']),
+    ('folder', 'ict'): ICT | dict(resolution=None, dropout=0.3, batch=512),                             # your pictures
+    ('folder', 'ecm'): ECM | dict(resolution=None)}
+for name, base in dict(shapes='ecm', fmnist='ict', cifar10='ict', ffhq64='ecm', imagenet64='ecm', folder='ict').items():
+    PRESETS[name] = PRESETS[name, base]                         # the usual base of a data set
 
 
 # 2. Noise levels: the pair t > r of a sample
@@ -101,15 +117,23 @@ def rho_levels(n, rho=7):
 
 @functools.lru_cache(maxsize=2)             # N changes a few times in a run: no copy to the device in any other step
 def level_table(n, P_mean, P_std, device='cpu'):
-    """n levels, ascending, and the probability of each pair of neighbours (n - 1,), on the device (iCT Sec. 3.5)."""
+    """n levels, ascending, and the cumulative probability of their pairs (n - 1,), on the device."""
     sigmas = torch.tensor(rho_levels(n - 1))
-    cdf = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))      # of ln sigma ~ N(P_mean, P_std²)
-    return sigmas.to(device), (cdf.diff() / (cdf[-1] - cdf[0])).to(device)
+    return sigmas.to(device), pair_probabilities(sigmas, P_mean, P_std).cumsum(0).float().to(device)
 
 
-def level_pair(u, sigmas, probabilities):
+def pair_probabilities(sigmas, P_mean, P_std):
+    """How often each pair of neighbours among n levels is trained on: ln sigma ~ N(P_mean, P_std²) (iCT Sec. 3.5).
+
+    (n,) -> (n - 1,) float64
+    """
+    cdf = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
+    return cdf.diff() / (cdf[-1] - cdf[0])
+
+
+def level_pair(u, sigmas, cumulative):
     """Neighbours t = sigma_(i+1), r = sigma_i for uniform u (B,), by the inverse of their distribution. -> (B,) each"""
-    i = torch.searchsorted(probabilities.cumsum(0).float(), u, right=True).clamp(max=len(sigmas) - 2)
+    i = torch.searchsorted(cumulative, u, right=True).clamp(max=len(sigmas) - 2)
     return sigmas[i + 1], sigmas[i]
 
 
@@ -119,9 +143,28 @@ def upper_level(normal, P_mean, P_std, kernel='ve'):
 
 
 def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
-    """ECM's r < t of a pair: t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0. (B,) -> (B,)"""
+    """ECT's r < t of a pair: t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0. (B,) -> (B,)"""
     n = 1 + k * torch.sigmoid(-b * t)
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+
+
+def stage_at(step, steps, stages):
+    """The stage that `lower_level` takes at a step of tuning: 0 ... stages - 1."""
+    return min(step * stages // steps, stages - 1)
+
+
+def level_pairs(args, step, device):
+    """t and r of the global batch of a step. -> (B,) each"""
+    normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
+    done, steps = step - args.pretrain_steps, args.steps - args.pretrain_steps
+    if step < args.pretrain_steps:
+        t = upper_level(normal, -1.2, 1.2, args.kernel)                 # EDM Tab. 1 for the diffusion model
+        return t, t
+    if args.base == 'ict':
+        table = level_table(num_levels(done, steps, args.s0, args.s1), args.P_mean, args.P_std, device)
+        return level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device), *table)
+    t = upper_level(normal, args.P_mean, args.P_std, args.kernel)
+    return t, lower_level(t, stage_at(done, steps, args.stages), args.q, args.k, args.b)
 
 
 # 3. Model
@@ -131,18 +174,20 @@ def f(net, x, t, y=None, m=0.0, kernel='ve'):
 
     net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
     """
-    s, t4 = SIGMA_DATA, t[:, None, None, None]
-    a, b = (1.0, 1.0) if kernel == 've' else (1 - t4 / SIGMA_MAX, 1 - (t4 - m) / (SIGMA_MAX - m))   # x0's share, m in b
-    c_skip = s ** 2 * b / ((t4 - m) ** 2 + s ** 2 * b ** 2)
-    c_out = s * (t4 - m) / (s ** 2 * a ** 2 + t4 ** 2).sqrt()
-    c_in = 1 / (s ** 2 * a ** 2 + t4 ** 2).sqrt()
+    t4 = t[:, None, None, None]                                         # to go with images
+    a, b = 1.0, 1.0                                                     # share of x0 in x_t; the same, but 1 at t = m
+    if kernel == 'li':
+        a, b = 1 - t4 / SIGMA_MAX, 1 - (t4 - m) / (SIGMA_MAX - m)
+    c_skip = SIGMA_DATA ** 2 * b / ((t4 - m) ** 2 + SIGMA_DATA ** 2 * b ** 2)
+    c_out = SIGMA_DATA * (t4 - m) / (SIGMA_DATA ** 2 * a ** 2 + t4 ** 2).sqrt()
+    c_in = 1 / (SIGMA_DATA ** 2 * a ** 2 + t4 ** 2).sqrt()
     return c_skip * x + c_out * net(c_in * x, t.clamp(min=1e-10).log() / 4, y)          # at t = 0, c_out is 0: f is x
 
 
 def add_encoder(net, args):
-    """For `vc`, a U-Net of the network's kind and settings, dropout included, but for width and blocks, as part of it.
+    """For `vc`, a U-Net of the network's kind and settings, but for width and blocks, as part of it [3]. -> net
 
-    So there is one optimiser, moving average and checkpoint for both. -> net
+    So there is one optimiser, moving average and checkpoint for both.
     """
     if args.coupling == 'vc':
         small = dict(width=args.encoder_width, blocks={'small': 1, 'big': 2}[args.encoder])
@@ -150,7 +195,7 @@ def add_encoder(net, args):
     return net
 
 
-# 4. Coupling: which noise goes with which image
+# 4. Coupling: which image goes with which noise
 
 def path(x0, eps, t, kernel='ve'):
     """x_t of the kernel: x0 + t eps, or with `li` (1 - t/sigma_max) x0 + t eps. (B, C, H, W), t (B,) -> (B, C, H, W)"""
@@ -170,35 +215,60 @@ def kl_divergence(mu, std):
 
 
 def emit(encoder, x0, n, y=None):
-    """eps = mu + std n (reparameterisation), n ~ N(0, I) like x0, and its KL divergence (B,). No encoder: eps = n."""
+    """eps = mu + std n (reparameterisation; the paper's Sec. 4), n ~ N(0, I) like x0, and its KL divergence (B,).
+
+    Without an encoder eps is n.
+    """
     if encoder is None:
         return n, n.new_zeros(len(n))
     mu, std = encode(encoder, x0, y)
     return mu + std * n, kl_divergence(mu, std).flatten(1).sum(1)
 
 
+def optimal_transport(x0, eps):
+    """The order of images x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [6].
+
+    -> (B,) int64. Needs SciPy.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise common.UserError('--coupling ot needs SciPy: pip install scipy')
+    with common.true_float32():
+        gain = eps.flatten(1) @ x0.flatten(1).T         # the squares are the same in any order, whatever eps's scale
+    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(x0.device)
+
+
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
-def loss(net, x0, eps, t, r, y=None, teacher=None, mask=0, c=0.0, m=0.0, kernel='ve', huber='vector', weighting='gap'):
-    """Consistency loss of each sample (iCT Eq. 7; with ECM r may be 0 = m), and its unweighted distance. -> (B,), (B,)
+def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, m=0.0, kernel='ve', huber='vector', weighting='gap'):
+    """Consistency loss of each sample (iCT Eq. 7; with ECM r may be 0 = m). -> (B,)
 
-    `mask` seeds the dropout: both networks drop the same units, so that their difference is not that of two masks.
+    x_t, x_r (B, C, H, W), t, r (B,); teacher: the same weights, no gradient. `seed` is the dropout's: both drop the
+    same units, so that their difference is not that of two masks.
     """
-    torch.manual_seed(mask)
-    student = f(net, path(x0, eps, t, kernel), t, y, m, kernel)
-    with torch.no_grad():                                                       # stop-gradient
-        torch.manual_seed(mask)
-        target = f(teacher or net, path(x0, eps, r, kernel), r, y, m, kernel)
-    u = (student - target).flatten(1)                               # the norm's gradient at 0 is 0
+    torch.manual_seed(seed)
+    student = f(net, x_t, t, y, m, kernel)
+    with torch.no_grad():                                               # stop-gradient
+        torch.manual_seed(seed)
+        target = f(teacher or net, x_r, r, y, m, kernel)
+    distance = pseudo_huber(student - target, c, huber)
+    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+
+
+def pseudo_huber(u, c, huber='vector'):
+    """sqrt(|u|² + c²) - c of each sample (iCT Sec. 3.3), or the sum of every number's own [1]. (B, C, H, W) -> (B,)"""
+    u = u.flatten(1)
     size = u.abs() if huber == 'elementwise' else torch.linalg.vector_norm(u, dim=1, keepdim=True)
-    distance = ((size.square() + c ** 2).sqrt() - c if c else size).sum(1)          # pseudo-Huber (iCT Sec. 3.3)
-    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t)), distance
+    return ((size.square() + c ** 2).sqrt() - c if c else size).sum(1)              # the norm's gradient at 0 is 0
 
 
 def loss_settings(args):
-    """What the flags say to `loss`. iCT's c grows with the root of an image's numbers (its Sec. 3.3), ECM's not."""
-    c, m = (args.c * math.sqrt(args.in_channels) * args.resolution, SIGMA_MIN) if args.base == 'ict' else (args.c, 0.0)
-    return dict(c=c, m=m, kernel=args.kernel, huber=args.huber, weighting=args.weighting)
+    """What the flags say to `loss`: c in iCT times the root of an image's numbers (its Sec. 3.3), the boundary m [2]."""
+    settings = dict(c=args.c, m=0.0, kernel=args.kernel, huber=args.huber, weighting=args.weighting)
+    if args.base == 'ict':
+        settings |= dict(c=args.c * math.sqrt(args.in_channels) * args.resolution, m=SIGMA_MIN)
+    return settings
 
 
 def kl_weight(beta, t, r, weighting='gap'):
@@ -206,14 +276,26 @@ def kl_weight(beta, t, r, weighting='gap'):
     return beta / (t - r) if weighting == 'gap' else beta
 
 
-def denoising_loss(net, x0, eps, t, y=None, mask=0, kernel='ve'):
+def kl_share(args, step, device):
+    """`kl_weight` at a step; in pretraining, as the denoiser's loss, one over an image's numbers [4]."""
+    done, steps = step - args.pretrain_steps, args.steps - args.pretrain_steps
+    if done < 0:
+        return 1 / (args.in_channels * args.resolution ** 2)
+    if args.base == 'ict':
+        sigmas, _ = level_table(num_levels(done, steps, args.s0, args.s1), args.P_mean, args.P_std, device)
+        return kl_weight(args.beta, sigmas[-1], sigmas[-2], args.weighting)
+    r_max = lower_level(torch.tensor(SIGMA_MAX), stage_at(done, steps, args.stages), args.q, args.k, args.b).item()
+    return kl_weight(args.beta, SIGMA_MAX, r_max, args.weighting)
+
+
+def denoising_loss(net, x_t, t, x0, y=None, seed=0, kernel='ve'):
     """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels. -> (B,)"""
-    torch.manual_seed(mask)
-    return edm_weight(t) * (f(net, path(x0, eps, t, kernel), t, y, kernel=kernel) - x0).square().flatten(1).mean(1)
+    torch.manual_seed(seed)
+    return edm_weight(t) * (f(net, x_t, t, y, kernel=kernel) - x0).square().flatten(1).mean(1)
 
 
 def edm_weight(t):
-    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Table 1). (B,) -> (B,)"""
+    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Tab. 1). (B,) -> (B,)"""
     return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
@@ -225,18 +307,19 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds noise of a lower level and maps back (CM Alg. 1): fresh
-    noise, or with an encoder the noise that it emits for the image so far.
+    noise, or with an encoder the noise that it emits for the image so far [5].
     """
     config, images = model.config, []
     net = common.network(model, config['precision'])
     encoder = common.network(model.encoder, config['precision']) if config['coupling'] == 'vc' else None
-    levels = rho_levels(nfe)[:0:-1]                                             # nfe of them, from sigma_max downwards
+    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [8]
     if nfe == 2:
         levels[1] = config['t_mid']
-    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                 # [10]
         x0_hat = torch.zeros_like(noise[0])
         for i, (level, z) in enumerate(zip(levels, noise)):
-            t, eps = torch.full_like(z[:, 0, 0, 0], level), emit(encoder if i else None, x0_hat, z, y)[0]
+            t = torch.full_like(z[:, 0, 0, 0], level)
+            eps, _ = emit(encoder if i else None, x0_hat, z, y)
             x0_hat = f(net, path(x0_hat, eps, t, config['kernel']), t, y, SIGMA_MIN, config['kernel'])
         images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
@@ -249,80 +332,88 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 
 # 7. Training
 
+def ema_decay(args, step):
+    """Decay of the moving average after a step, counted from 0.
+
+    While a diffusion model is trained, EDM's ramp: a half-life of 5 % of the images so far, or the average would start
+    with the random weights. Then `--ema`, or with a relative width the power function's (EDM2 App. C). [4]
+    """
+    if step < args.pretrain_steps:
+        return min(args.ema, 0.5 ** (20 / (step + 1)))
+    if args.ema_std is None:
+        return args.ema
+    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()
+    return (1 - 1 / (step - args.pretrain_steps + 1)) ** (gamma + 1)
+
+
 def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
-    judge = fid.prepare(args, device, data)                             # now: what is missing is to be missed now
+    fid_reference = fid.prepare(args, device, data)                     # fail before training, not after
 
     net = initial_network(args, device, tunes=args.base == 'ecm')
-    net, settings = add_encoder(net, args).to(device, memory_format=torch.channels_last), loss_settings(args)
+    net = add_encoder(net, args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)   # fused
+    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
-    wrapped, clock, log = common.distributed(net, args), common.Clock(args, device), common.Log(args, start, device)
-    student, teacher = clock.watch(wrapped, 'student'), clock.watch(net, 'teacher')
-    encoder = clock.watch(net.encoder, 'encoder') if args.coupling == 'vc' else None
-    draw = functools.partial(sample, ema, labels=args.labels)
-    evaluate, mine = functools.partial(fid.evaluate, judge, args, draw), common.my_part(args.batch)
+    wrapped = common.distributed(net, args)
+    student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
+    encoder = common.network(net.encoder, args.precision) if args.coupling == 'vc' else None
+    sample_fn = functools.partial(sample, ema, labels=args.labels)
+    evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
+    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
+    settings = loss_settings(args)
 
-    for step, _, x_all, y_all in clock.steps(common.batches(data, args, start, device), net):
-        if step == args.pretrain_steps > 0:                                     # tuning starts as from a checkpoint
+    for step in clock.steps(start):
+        pretraining = step < args.pretrain_steps
+        done = step if pretraining else step - args.pretrain_steps
+        if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws: t, r and noise, of the global batch, so that any number of processes trains on the same ones.
-        normal = lambda stream, *shape: common.randn((args.batch, *shape), args.seed, step, stream, device=device)
-        z_all = normal('noise', *x_all.shape[1:])
-        pretraining = step < args.pretrain_steps
-        done, total_steps = step - args.pretrain_steps * (not pretraining), args.steps - args.pretrain_steps
-        if pretraining:
-            t = r = upper_level(normal('level'), -1.2, 1.2, args.kernel)[mine]  # EDM Table 1 for the diffusion model
-        elif args.base == 'ict':
-            table = level_table(num_levels(done, total_steps, args.s0, args.s1), args.P_mean, args.P_std, device)
-            t, r = level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device)[mine], *table)
-            last_pair = table[0][-1], table[0][-2]                      # sigma_max and r_max, for the KL's weight
-        else:
-            t = upper_level(normal('level'), args.P_mean, args.P_std, args.kernel)[mine]
-            stage = min(done * args.stages // max(total_steps, 1), args.stages - 1)
-            lower = lambda t: lower_level(t, stage, args.q, args.k, args.b)
-            r, last_pair = lower(t), (SIGMA_MAX, lower(torch.tensor(SIGMA_MAX)).item())
+        # Draws, of the global batch, so that any number of processes trains on the same ones.
+        index = common.batch_indices(len(data.images), args.batch, step, args.seed)
+        x_all, y_all = data.at(index, device)
+        if args.flip:
+            x_all = common.mirror(x_all, args.seed, step, 'flip')
+        eps_all = common.randn(x_all.shape, args.seed, step, 'noise', device=device)
+        t, r = (level[mine] for level in level_pairs(args, step, device))
         clock('data')
 
-        # Coupling.
+        # Coupling of image and noise.
         if args.coupling == 'ot' and not pretraining:
-            order = common.optimal_transport(x_all, z_all)
-            x_all, y_all = x_all[order], y_all[order]                           # labels travel with their images
-        x0, z, y = x_all[mine], z_all[mine], y_all[mine]
+            order = optimal_transport(x_all, eps_all)
+            x_all, y_all = x_all[order], y_all[order]                   # labels travel with their images
+        x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
         clock('coupling')
 
         # Loss and gradient.
         total = torch.zeros(3, device=device)
-        for part, mask in common.microbatches(wrapped, args, step):
-            torch.manual_seed(common.key(mask, 'encoder'))                      # the encoder's own dropout
-            eps, kl = emit(encoder, x0[part], z[part], y[part])
+        for part, seed in common.microbatches(wrapped, args, step):
+            torch.manual_seed(common.key(seed, 'encoder'))              # the encoder's own dropout
+            emitted, kl = emit(encoder, x0[part], eps[part], y[part])
+            noise = eps[part] if pretraining else emitted                                                       # [4]
+            x_t, x_r = path(x0[part], noise, t[part], args.kernel), path(x0[part], noise, r[part], args.kernel)
             if pretraining:
-                value = distance = denoising_loss(student, x0[part], z[part], t[part], y[part], mask, args.kernel)
-                value = value + kl / x0[0].numel()                          # so that tuning starts with eps near n
+                value = denoising_loss(student, x_t, t[part], x0[part], y[part], seed, args.kernel)
             else:
-                value, distance = loss(student, x0[part], eps, t[part], r[part], y[part], teacher, mask, **settings)
-                value = value + kl_weight(args.beta, *last_pair, args.weighting) * kl
-            clock('loss')
-            (value.sum() * common.LOSS_SCALE.get(args.precision, 1.0) / len(x0)).backward()
-            total += torch.stack([value, distance, kl]).detach().sum(1) / len(x0)
+                value = loss(student, x_t, t[part], x_r, r[part], y[part], teacher, seed, **settings)
+            clock('forward')
+            values = torch.stack([value + kl_share(args, step, device) * kl, value, kl])
+            total += common.backward(values, len(x0), args.precision)
             clock('backward')
 
         # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [7]
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad()
-        clock('optimiser')
-        common.update_ema(ema, net, common.ema_decay(done + 1, args.ema, args.ema_std, ramp=pretraining))
-        clock('EMA')
+        common.update_ema(ema, net, ema_decay(args, step))
+        clock('update')
         log.step(step + 1, loss=total[0], consistency=total[1], kl=total[2], grad_norm=grad_norm)
-        if common.keep(args, step + 1, log, evaluate, draw, net=net, ema=ema, optimizer=optimizer):
+        if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
             return
     common.save_final(args, ema)
 
@@ -342,25 +433,29 @@ def analyse(args, model, device):
     x0, y = data.at(common.batch_indices(len(data.images), 64, 0, args.seed), device)
     mu, std = encode(encoder, x0, y)
     kl = kl_divergence(mu, std)
-    common.say(f'KL {kl.flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
-               f'{mu.square().mean().sqrt():.3g}, mean of std {std.mean():.3g}')
+    common.print0(f'KL {kl.flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
+                  f'{mu.square().mean().sqrt():.3g}, mean of std {std.mean():.3g}')
     if args.base == 'ict':
         sigmas, places = rho_levels(args.s1), [round(j * (args.s1 - 1) / 8) for j in range(9)]
         t, r = [sigmas[i + 1] for i in places], [sigmas[i] for i in places]
     else:
         t = rho_levels(9)[1:]
         r = lower_level(torch.tensor(t), args.stages - 1, args.q, args.k, args.b)
-    common.say(f'{"mean of loss":>34}{"variance over noise":>26}\n   sigma  ' + 2 * '      emitted  independent')
+    common.print0(f'{"mean of loss":>34}{"variance over noise":>26}\n   sigma  ' + 2 * '      emitted  independent')
     draws = [common.randn(x0.shape, args.seed, i, 'analyse', device=device) for i in range(8)]
     for levels in zip(t, r):
         pair = [x0.new_full((len(x0),), float(level)) for level in levels]
-        losses = [torch.stack([loss(net, x0, emit(source, x0, n, y)[0], *pair, y, **loss_settings(args))[0]
-                               for n in draws]) for source in (encoder, None)]                  # (draws, B) of each
+        losses = []                                                                             # (draws, B) of each
+        for source in (encoder, None):
+            noises = [emit(source, x0, n, y)[0] for n in draws]
+            points = [[path(x0, eps, level, args.kernel) for level in pair] for eps in noises]
+            losses.append(torch.stack([loss(net, x_t, pair[0], x_r, pair[1], y, **loss_settings(args))
+                                       for x_t, x_r in points]))
         found = [value.mean() for value in losses] + [value.var(0).mean() for value in losses]
-        common.say(f'{levels[0]:8.4g}  ' + ''.join(f'{value:13.4g}' for value in found))
+        common.print0(f'{levels[0]:8.4g}  ' + ''.join(f'{value:13.4g}' for value in found))
     rows = x0, mu / mu.abs().max(), (std - 1).clamp(-1, 1), 2 * (kl / kl.max()).mean(1, keepdim=True).expand_as(x0) - 1
     grid = torch.cat([row[:8] for row in rows])
-    common.save_picture(args, 'analyse.png', lambda path: common.save_grid(grid, path, columns=8))
+    common.save_grid(grid, common.picture_path(args, 'analyse.png'), columns=8)
 
 
 # 9. Command line
@@ -379,25 +474,35 @@ def add_flags(add, number):
     add('--q', type=number(float, 1.001), metavar='X', help='ecm: what the gap is divided by from stage to stage')
     add('--stages', type=number(int, 1, 64), metavar='N', help='ecm: stages of the shrinking, over the run')
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
-    add('--analyse', metavar='CKPT', help='draw the noise that the encoder emits; print KL and loss by noise level')
+
+
+def check_flags(args):
+    """Refuses flags that do not go together, and fills in what follows from others."""
+    if args.s1 < args.s0:
+        raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
+    if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
+        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
+    if args.coupling == 'ot':
+        optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
+    if args.clip is None:
+        args.clip = 200.0 if args.coupling == 'vc' else 0.0
 
 
 def main(argv):
     """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('vct', __doc__, PRESETS, add_flags, '--base ecm --beta 10', argv, switch='base')
-    if args.clip is None:
-        args.clip = 200.0 if args.coupling == 'vc' else 0.0
+    check_flags(args)
     if not args.use:
         return train(args)
     device = common.start(args)
     model = load(args.use, device)
     model.config['precision'] = args.precision
-    draw = functools.partial(sample, model, labels=args.labels)
+    sample_fn = functools.partial(sample, model, labels=args.labels)
     if args.analyse:
         return analyse(args, model, device)
     if args.sample:
-        return common.save_samples(args, draw)
-    fid.evaluate(fid.prepare(args, device), args, draw)
+        return common.save_samples(args, sample_fn)
+    fid.evaluate(fid.prepare(args, device), args, sample_fn)
 
 
 if __name__ == '__main__':
