@@ -69,8 +69,8 @@ ECT = dict(                     # Easy Consistency Tuning, from EDM's DDPM++    
 PRESETS = {
     'shapes': ICT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, dropout=0.0, cond=True,
-        batch=32, steps=1600, s1=80, lr=1e-4, lr_decay=100, mu=0.3, ema=0.998, ema_every=1,
-        save_every=500, sample_every=200, eval_every=1600, fid_features='pixels', fid_num=2000),
+        batch=32, steps=2500, s1=40, mu=0.3, optimizer='Adam', betas=(0.9, 0.999), lr=1e-3, lr_decay=100, ema=0.998,
+        ema_every=1, save_every=500, sample_every=200, eval_every=2500, fid_features='pixels', fid_num=2000),
     'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3, batch=512, steps=100_000),
     'imagenet32': ICT | dict(
         resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], attn_resolutions=[16], dropout_ic=[0, 0.2, 0.2],
@@ -81,7 +81,7 @@ PRESETS = {
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, batch=128)                               # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                  # your pictures
 PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64', 'fmnist')}
-PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=600, stages=3, lr=1e-3)
+PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=300, stages=3)
 PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
     mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, checkpoint=URLS['cifar10'], batch=128, steps=400_000)
 PRESETS['folder', 'ect'] = PRESETS['cifar10', 'ect'] | dict(resolution=None, checkpoint=None)
