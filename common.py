@@ -758,7 +758,7 @@ def save_plot(panels, path, x_name):
         log_y = ys.min() > 0 and ys.max() > 20 * ys.min()
         (x_ends, x_share), (y_ends, y_share) = axis(xs, x_name == 'sigma'), axis(ys, log_y)
         draw.rectangle([at(0, 1), at(1, 0)], outline='#bbbbbb')
-        draw.text(at(0, 1.05), title + ' (log scale)' * log_y, 'black', font, anchor='ls')
+        draw.text(at(0, 1.05), title + (' (log scale)' if log_y else ''), 'black', font, anchor='ls')
         draw.text(at(0.5, -0.05), x_name, 'black', font, anchor='ma')
         for share, x, y, anchor in zip((0, 1), x_ends, y_ends, ('la', 'ra')):
             draw.text(at(share, -0.05), f'{x:,.5g}', 'black', font, anchor=anchor)
