@@ -24,10 +24,10 @@ own, for a model that samples in as many deterministic steps (`--phases`, `--edg
 Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`[n]` in the code):
 [1] References: `all`, the training set (best in the paper's Fig. 4); `batch`, the global minibatch; or N, drawn anew in
     each step. With labels, of the image's own class: in ImageNet's batches of 128, 88 % are alone, which is ECT.
-[2] Our readings: of "smoother", `--schedule smooth`, ECT's stage growing continuously, to one beyond its last; of
-    "smooth weighting function", `--weighting t`, 1 / t, which does not grow as the gap shrinks.
-[3] Phases, our reading, after Wang et al. 2024 (arXiv 2405.18407): edges at rho 7 (EDM Eq. 5); r >= s, the lower edge of
-    t's phase; the loss compares the points x_s = f + s (x_t - f) / t that two predictions reach there.
+[2] Our readings: of "smoother", `--schedule smooth`: ECT's stage grows continuously, to one beyond its last; of
+    "smooth weighting function", `--weighting t`: 1 / t, which does not grow as the gap shrinks.
+[3] Phases, our reading, after Wang et al. 2024 (arXiv 2405.18407): edges at rho 7 (EDM Eq. 5); r >= s, the lower edge
+    of t's phase; the loss compares the points x_s = f + s (x_t - f) / t that two predictions reach there.
 [4] `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels, weight and ramp of
     the average (without it, part of that is random), and regressed to the posterior mean, too.
 [5] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003,
@@ -128,13 +128,10 @@ def level_pairs(args, step, device):
     return t, r.maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
 
 
-# 3. Model
+# 3. Model: the consistency function f
 
 def f(net, x, t, y=None, m=0.0):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
-
-    net: any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> like x.
-    """
+    """c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), which is x at t = m. x (B, C, H, W), t, y (B,) -> like x"""
     t4 = t[:, None, None, None]                                         # to go with images
     c_skip = SIGMA_DATA ** 2 / ((t4 - m) ** 2 + SIGMA_DATA ** 2)
     c_out = SIGMA_DATA * (t4 - m) / (SIGMA_DATA ** 2 + t4 ** 2).sqrt()
@@ -147,7 +144,7 @@ def f(net, x, t, y=None, m=0.0):
 def posterior_mean(x_t, t, refs, allowed=None):
     """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,); refs (N, C, H, W); allowed (B, N) bool, None: all -> like x_t. Of one it is that one: ECT.
+    x_t (B, C, H, W), t (B,); refs (N, C, H, W); allowed (B, N) bool, None: all -> like x_t. One reference: ECT.
     """
     x, x0 = x_t.flatten(1), refs.flatten(1)                                         # (B, D), (N, D)
     with common.true_float32():
@@ -191,9 +188,9 @@ def class_members(data, ref_size='all'):
 
 
 def draw_references(n, own, data, members, *key):
-    """Indices (M,) in data of n images of each class in the batch, or of all that it has, drawn anew for each `key`.
+    """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M).
 
-    Also allowed (B, M): those of a sample's class without its own image, which the caller adds, or else the last.
+    Allowed are those of a sample's class without its own image, which the caller adds, or else without the last.
     """
     drawn = []
     for c in data.labels[own].unique().tolist():                # by class: any number of processes draws the same
@@ -213,9 +210,8 @@ def estimate_x0(args, step, data, members, index, x_all, x_t, t):
         return x0                                                       # ECT
     if args.ref_size == 'all':
         return posterior_mean_of_all(x_t, t, own, data, members, args.flip)
-    if args.ref_size == 'batch':
-        refs, allowed = x_all, data.labels[own, None] == data.labels[index]
-    else:
+    refs, allowed = x_all, data.labels[own, None] == data.labels[index]
+    if args.ref_size != 'batch':
         drawn, allowed = draw_references(int(args.ref_size), own, data, members, args.seed, step, 'refs')
         refs = data.at(drawn, x_t.device)[0]
         if args.flip:
@@ -240,13 +236,12 @@ def edm_weight(t):
 def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, weighting='gap', edges=(0.0, SIGMA_MAX)):
     """Consistency loss of each sample: ECT's, with the target of SCT. x_t, x_r (B, C, H, W), t, r (B,) -> (B,)
 
-    teacher: the same weights, no gradient; seed: of dropout, the same units in both. With phases, between `edges`, it
-    compares the points that both predict for the lower edge s of t's phase; where r = s that of the teacher is x_r.
+    Compared is what both predict for the lower edge s of t's phase (0 without phases); where r = s the target is x_r.
     """
     t4, r4, s4 = (level[:, None, None, None] for level in (t, r, phase_floor(t, edges)))
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)                                             # dropout: the same units in both
     student = at_level(f(net, x_t, t, y), x_t, t4, s4)                                                          # [5]
-    with torch.no_grad():                                               # stop-gradient
+    with torch.no_grad():                                               # stop-gradient: a teacher of the same weights
         torch.manual_seed(seed)
         target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
@@ -271,9 +266,8 @@ def denoising_loss(net, x_t, t, x0_hat, y=None, seed=0):
 def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None, first=0):
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
-    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A
-    model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
-    guide: a weaker model, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
+    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1);
+    with phases it lands, without noise, at eta times an edge. guide: a weaker model: f_bad + guidance (f - f_bad).
     """
     config, images = model.config, []
     net, bad = (common.network(one, config['precision']) for one in (model, guide or model))
@@ -292,9 +286,10 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
             x0_hat = f(net, x, t, y, SIGMA_MIN)
             if guide is not None:
                 x0_hat = torch.lerp(f(bad, x, t, y, SIGMA_MIN), x0_hat, guidance)
-            if i + 1 < nfe:
-                s = levels[i + 1]
-                x = at_level(x0_hat, x, level, s) if config['phases'] > 1 else x0_hat + s * noise[i + 1]
+            if i + 1 < nfe and config['phases'] > 1:
+                x = at_level(x0_hat, x, level, levels[i + 1])
+            elif i + 1 < nfe:
+                x = x0_hat + levels[i + 1] * noise[i + 1]
         images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
 
@@ -320,17 +315,15 @@ def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
-    fid_reference = fid.prepare(args, device, data)                     # fail before training, not after
-
     net = initial_network(args, device, tunes=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    sample_fn = functools.partial(sample, ema, labels=args.labels)
+    evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     members = class_members(data, args.ref_size)
-    sample_fn = functools.partial(sample, ema, labels=args.labels)
-    evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
@@ -359,7 +352,6 @@ def train(args):
         x_r = x0_hat + r4 * eps_hat
         clock('target')
 
-        # Loss and gradient.
         total = torch.zeros((), device=device)
         for part, seed in common.microbatches(wrapped, args, step):
             if pretraining:
@@ -370,7 +362,6 @@ def train(args):
             total += common.backward(value, len(x0), args.precision)
             clock('backward')
 
-        # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
@@ -413,8 +404,8 @@ def analyse(args, model, device):
                 found = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
                 gradients.append(torch.cat([g.flatten() for g in found]))
             noise = sum((a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])) / 4
-            ratio = (noise / torch.stack(gradients).mean(0).norm()).item()
-            for curves, value in zip(panels.values(), (error, ratio)):
+            noise = (noise / torch.stack(gradients).mean(0).norm()).item()
+            for curves, value in zip(panels.values(), (error, noise)):
                 curves.setdefault(size, []).append((level, value))
     common.show_panels(args, panels, 'sigma')
 
