@@ -1,16 +1,11 @@
 """U-Nets of the consistency-model papers, written from the papers, with the published checkpoints' parameter names.
 
-`SongUNet` is the DDPM++ / NCSN++ network of Song et al. 2021 (arXiv 2011.13456, App. H) in the form that Karras et al.
-2022 (arXiv 2206.00364, App. C and F.5) train it. `EDM2UNet` is the magnitude-preserving network of Karras et al. 2024
-(arXiv 2312.02696, config G). `load_pretrained` and `load_weights` bring published weights into either.
-
+`SongUNet` is the DDPM++ / NCSN++ network of Song et al. 2021 (arXiv 2011.13456, App. H) as Karras et al. 2022 train it
+(arXiv 2206.00364, App. C and F.5), `EDM2UNet` the magnitude-preserving one of Karras et al. 2024 (arXiv 2312.02696).
 To copy into your own project: the networks (sections 1 and 2) need nothing but torch, the rest also common.py.
 
     net = SongUNet(img_resolution=32, in_channels=3, out_channels=3, channel_mult=[2, 2, 2])     # DDPM++, CIFAR-10
     F = net(x, t.log() / 4)                                                                      # (B, 3, 32, 32)
-
-    state_dict, about = load_pretrained('edm-cifar10-32x32-uncond-vp.pkl')
-    load_weights(net, state_dict, 'edm-cifar10-32x32-uncond-vp.pkl')
 """
 import io
 import math
@@ -30,7 +25,7 @@ import torch.nn.functional as F
 # 1. DDPM++ and NCSN++
 
 class Linear(nn.Linear):
-    """(B, in_features) -> (B, out_features), Xavier-uniform weights and zero bias."""
+    """(B, in_features) -> (B, out_features), in float32: 16 bits cannot tell levels t and r apart that are near."""
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias)
@@ -39,38 +34,34 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # only the time embedding passes here: 16 bits cannot
-            return super().forward(x.float())                   # tell levels t and r apart that are near each other
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class Conv2d(nn.Module):
-    """A convolution, after resampling by 2 with a small FIR filter if `up` or `down` is set.
+    """(B, in_channels, H, W) -> (B, out_channels, H', W'); `up` and `down` resample by 2 with a small FIR filter."""
 
-    x (B, in_channels, H, W) -> (B, out_channels, H', W'), H' = 2H (up), H/2 (down) or H.
-    """
-
-    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1),
-                 fused=False,       # down only: convolve first and filter after, in one padding (NCSN++ input pyramid)
+    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), fused=False,
                  init_scale=1.0):   # multiplies the initial weights; 1e-5 makes the layer start near zero
         super().__init__()
         self.up, self.down, self.fused, self.filter_pad = up, down, fused, (len(resample_filter) - 1) // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.xavier_uniform_(self.weight, gain=init_scale)    # its fans count the kernel's taps
+        nn.init.xavier_uniform_(self.weight, gain=init_scale)
         if up or down:
-            taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+            taps = torch.tensor(resample_filter, dtype=torch.float32)
             taps = taps.outer(taps)[None, None]                                               # (1, 1, len, len)
             self.register_buffer('resample_filter', taps / taps.sum())
 
     def resample(self, x, padding):
-        """Depthwise FIR filter with stride 2, down or (transposed, gain 4 to make up for the inserted zeros) up."""
         taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        convolve, taps = (F.conv_transpose2d, 4 * taps) if self.up else (F.conv2d, taps)
-        return convolve(x, taps, stride=2, padding=padding, groups=x.shape[1])
+        if self.up:                                     # 4 makes up for the zeros that go between the pixels
+            return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=x.shape[1])
+        return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
     def forward(self, x):
         weight, bias, pad = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[-1] // 2
-        if self.fused:
+        if self.fused:                                  # all padding comes first
             return self.resample(F.conv2d(x, weight, padding=pad + self.filter_pad), 0) + bias[:, None, None]
         if self.up or self.down:
             x = self.resample(x, self.filter_pad)
@@ -83,24 +74,20 @@ def group_norm(channels):
 
 
 class UNetBlock(nn.Module):
-    """Residual block with time embedding, optional resampling, and optional single-head self-attention.
-
-    x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
-    """
+    """Residual block: x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
 
     def __init__(self, emb_channels, resample_filter, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
-        self.dropout = dropout
-        resampling = dict(up=up, down=down, resample_filter=resample_filter)
+        self.dropout, self.attention = dropout, attention
         self.norm0 = group_norm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up, down, resample_filter)
         self.affine = Linear(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init_scale=1e-5)
-        changes = in_channels != out_channels or up or down
-        self.skip = Conv2d(in_channels, out_channels, 1, **resampling) if changes else None
-        self.norm2 = group_norm(out_channels) if attention else None
+        same = in_channels == out_channels and not up and not down
+        self.skip = nn.Identity() if same else Conv2d(in_channels, out_channels, 1, up, down, resample_filter)
         if attention:
+            self.norm2 = group_norm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_scale=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, init_scale=1e-5)
 
@@ -108,16 +95,13 @@ class UNetBlock(nn.Module):
         h = self.conv0(F.silu(self.norm0(x)))
         h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
         h = F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)
-        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
-        if self.norm2 is None:
-            return x
-
-        # The 3C output channels of `qkv` are q, k, v interleaved: channel 3i + j is component i of the j-th of them.
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).permute(2, 0, 3, 1)[:, :, None]  # each (B, 1, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)                                        # softmax(q k / sqrt(C)) v
-        h = h[:, 0].transpose(1, 2).reshape(B, C, H, W)
-        return (x + self.proj(h)) * math.sqrt(0.5)
+        x = (self.conv1(h) + self.skip(x)) * math.sqrt(0.5)
+        if self.attention:
+            qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))     # (B, 1, C, 3, HW): interleaved
+            q, k, v = qkv.permute(3, 0, 1, 4, 2)                                              # each (B, 1, HW, C)
+            h = F.scaled_dot_product_attention(q, k, v)                                    # softmax(q k / sqrt(C)) v
+            x = (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * math.sqrt(0.5)
+        return x
 
 
 class TimeEmbedding(nn.Module):
@@ -129,77 +113,58 @@ class TimeEmbedding(nn.Module):
         self.register_buffer('freqs', 16 * torch.randn(self.half) if fourier else None)
 
     def forward(self, t):
-        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        freqs = (1 / 10000) ** (i / (self.half - 1)) if self.freqs is None else 2 * math.pi * self.freqs
-        arg = t.float()[:, None] * freqs
+        i = torch.arange(self.half, device=t.device) / (self.half - 1)                                  # 0 to 1
+        arg = t.float()[:, None] * ((1 / 10000) ** i if self.freqs is None else 2 * math.pi * self.freqs)
         return torch.cat([arg.sin(), arg.cos()], dim=1)
 
 
 def u_shape(img_resolution, channels, widths, num_blocks, attn_resolutions, dropout, last_attends):
-    """The blocks of a U-Net in order: (`enc` or `dec`, resolution, name, arguments that both kinds of block take).
-
-    The first block has `channels` in; those of the decoder also take the encoder's outputs, in reverse order. Attention
-    is at the bottom and at attn_resolutions; there, if `last_attends`, only the last block of the decoder has it.
-    """
-    levels, skips, plan = len(widths), [channels], []
-    if img_resolution % 2 ** (levels - 1):
-        raise ValueError(f'img_resolution {img_resolution} cannot be halved {levels - 1} times')
+    """The blocks of a U-Net in order: (`enc` or `dec`, resolution, name, arguments that both kinds of block take)."""
+    levels = len(widths)
     num_blocks, dropout = [value if isinstance(value, (list, tuple)) else [value] * levels
                            for value in (num_blocks, dropout)]
-    if not len(num_blocks) == len(dropout) == levels:
-        raise ValueError(f'num_blocks {num_blocks} and dropout {dropout} must be one number, or one each of {levels}')
-    for level, width in enumerate(widths):
-        for kind in ['down'] * (level > 0) + [f'block{i}' for i in range(num_blocks[level])]:
-            plan.append(('enc', level, kind, channels, channels if kind == 'down' else width))
-            channels = plan[-1][-1]
-            skips.append(channels)
-    for level, width in reversed(list(enumerate(widths))):
-        for kind in ['up'] if level < levels - 1 else ['in0', 'in1']:
-            plan.append(('dec', level, kind, channels, channels))
-        for i in range(num_blocks[level] + 1):
-            plan.append(('dec', level, f'block{i}', channels + skips.pop(), width))
-            channels = width
-
-    for part, level, kind, in_channels, out_channels in plan:
+    if img_resolution % 2 ** (levels - 1) or not len(num_blocks) == len(dropout) == levels:
+        raise ValueError(f'{img_resolution=}, {num_blocks=} or {dropout=} does not go with {levels} resolutions')
+    enc, dec, skips = [], [], [channels]
+    for level, n in enumerate(num_blocks):
+        enc += [('enc', level, kind) for kind in ('down', *[f'block{i}' for i in range(n)])]
+        dec = [('dec', level, kind) for kind in ('up', *[f'block{i}' for i in range(n + 1)])] + dec
+    bottom = [('dec', levels - 1, 'in0'), ('dec', levels - 1, 'in1')]
+    for part, level, kind in enc[1:] + bottom + dec[1:]:        # no `down` to the first level, no `up` to the last
         res = img_resolution >> level
-        attends = part == 'enc' or not last_attends or kind == f'block{num_blocks[level]}'
+        out_channels = widths[level] if 'block' in kind else channels
+        if part == 'dec' and 'block' in kind:                   # takes one of the encoder's outputs, the latest first
+            channels += skips.pop()
+        attends = part == 'enc' or not last_attends or kind == f'block{num_blocks[level]}'      # the decoder's last
         yield part, res, f'{res}x{res}_{kind}', dict(
-            in_channels=in_channels, out_channels=out_channels, up=kind == 'up', down=kind == 'down',
+            in_channels=channels, out_channels=out_channels, up=kind == 'up', down=kind == 'down',
             attention=kind == 'in0' or 'block' in kind and res in attn_resolutions and attends, dropout=dropout[level])
+        channels = out_channels
+        if part == 'enc':
+            skips.append(channels)
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (`standard` encoder, `positional` embedding) or NCSN++ (`residual`, `fourier`) U-Net.
-
-    forward(x, noise_labels, class_labels=None, augment_labels=None) -> (B, out_channels, H, W)
-        x (B, in_channels, H, W), H = W = img_resolution; noise_labels (B,) = ln(t) / 4; class_labels (B, label_dim)
-        one-hot, or None for no class; augment_labels (B, augment_dim) or None.
-    """
+    """DDPM++ (the default) or NCSN++: x (B, in_channels, H, W), noise_labels (B,) ln(t) / 4 -> (B, out_channels, H, W)."""
 
     def __init__(self,
                  img_resolution,                # height and width of the images
                  in_channels, out_channels,     # colour channels in and out
-                 label_dim=0,                   # number of classes, 0 = unconditional
-                 augment_dim=0,                 # size of the augmentation label, 0 = none
+                 label_dim=0, augment_dim=0,    # widths of class labels (one-hot; None: no class) and augmentation labels
                  model_channels=128,            # width at channel_mult 1
                  channel_mult=(1, 2, 2, 2),     # width of each resolution, finest first, in model_channels
                  num_blocks=4,                  # residual blocks per resolution: one number, or one each
                  attn_resolutions=(16,),        # resolutions with self-attention (the bottom of the U has one always)
                  dropout=0.1,                   # dropout within the blocks: one number, or one each resolution
-                 embedding_type='positional',   # 'positional' (DDPM++) or 'fourier' (NCSN++)
-                 channel_mult_noise=1,          # width of the time embedding: 1 (DDPM++) or 2 (NCSN++)
-                 encoder_type='standard',       # 'standard' (DDPM++) or 'residual' (NCSN++: input pyramid)
-                 decoder_type='standard',       # the only one that the papers' checkpoints use
-                 resample_filter=(1, 1)):       # (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
+                 embedding_type='positional', channel_mult_noise=1,         # NCSN++: 'fourier', 2
+                 encoder_type='standard', decoder_type='standard',          # NCSN++: 'residual' (an input pyramid)
+                 resample_filter=(1, 1)):                                   # NCSN++: (1, 3, 3, 1)
         super().__init__()
-        for name, value, known in [('embedding_type', embedding_type, 'positional fourier'),
-                                   ('encoder_type', encoder_type, 'standard residual'),
-                                   ('decoder_type', decoder_type, 'standard')]:
-            if value not in known.split():
-                raise ValueError(f'{name} is {value!r}, not {known.replace(" ", " or ")}')
+        if (embedding_type not in ('positional', 'fourier') or encoder_type not in ('standard', 'residual')
+                or decoder_type != 'standard'):
+            raise ValueError(f'unknown {embedding_type=}, {encoder_type=} or {decoder_type=}')
         widths = [model_channels * mult for mult in channel_mult]
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
-
         noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * 4
         self.map_noise = TimeEmbedding(noise_channels, fourier=embedding_type == 'fourier')
         self.map_label = Linear(label_dim, noise_channels) if label_dim else None
@@ -269,14 +234,12 @@ def mp_cat(a, b):
 
 
 class MPConv(nn.Module):
-    """Convolution, or without `kernel` a linear layer, whose weights have unit magnitude for each output (Eq. 47).
-
-    x (B, in_channels[, H, W]) -> (B, out_channels[, H, W]), times `gain`.
-    """
+    """Convolution, or without `kernel` a linear layer, whose weights have unit magnitude for each output (Eq. 47)."""
 
     def __init__(self, in_channels, out_channels, kernel=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel, kernel][:2 * bool(kernel)]))
+        taps = (kernel, kernel) if kernel else ()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *taps))
 
     def forward(self, x, gain=1.0):
         dims = tuple(range(1, self.weight.ndim))
@@ -303,16 +266,12 @@ class MPFourier(nn.Module):
 
 
 class MPBlock(nn.Module):
-    """Residual block of EDM2 (Fig. 21): `encoder` blocks normalise each pixel first, decoder blocks do not.
+    """Residual block (Fig. 21): x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
 
-    x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
-    """
-
-    def __init__(self, emb_channels, channels_per_head, encoder,
-                 in_channels, out_channels, up, down, attention, dropout):
+    def __init__(self, emb_channels, per_head, encoder, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
         self.encoder, self.up, self.down, self.dropout = encoder, up, down, dropout
-        self.heads = out_channels // channels_per_head if attention else 0
+        self.heads = out_channels // per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels)
@@ -323,39 +282,35 @@ class MPBlock(nn.Module):
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
     def forward(self, x, emb):
-        x = F.avg_pool2d(x, 2) if self.down else F.interpolate(x, scale_factor=2) if self.up else x
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2)
         if self.encoder:
-            x = normalize(self.conv_skip(x), dim=1)
+            x = normalize(self.conv_skip(x), dim=1)                                                     # each pixel
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         h = self.conv_res0(mp_silu(x))
         h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
         h = self.conv_res1(F.dropout(h, self.dropout, self.training))
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:
-            B, C, H, W = x.shape
-            qkv = self.attn_qkv(x).reshape(B, self.heads, C // self.heads, 3, H * W)        # interleaved as in SongUNet
+            qkv = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3))           # (B, heads, C/heads, 3, HW)
             q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2)                       # each (B, heads, HW, C/heads)
-            h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
-            x = mp_sum(x, self.attn_proj(h), 0.3)
+            h = F.scaled_dot_product_attention(q, k, v)
+            x = mp_sum(x, self.attn_proj(h.transpose(2, 3).reshape(x.shape)), 0.3)
         return x.clamp(-256, 256)                                                           # fp16 ends at 65504
 
 
 class EDM2UNet(nn.Module):
-    """The magnitude-preserving U-Net of EDM2 (App. B).
-
-    forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W). What has the name of an argument of SongUNet
-    has its meaning; attention is in all blocks of a resolution that has it.
-    """
+    """The magnitude-preserving U-Net of EDM2 (App. B); arguments that SongUNet has mean the same here."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0,
-                 model_channels=192,            # EDM2_WIDTHS
-                 channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8),
-                 channels_per_head=64,          # width of an attention head, or a little more; a block with less has none
+                 model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8),  # EDM2_WIDTHS
+                 channels_per_head=64,                  # or a little more; a block with fewer channels has no attention
                  dropout=0.0, dropout_res=None):        # dropout is in resolutions up to dropout_res; None = in all
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
-
         self.emb_fourier = MPFourier(model_channels)
         self.emb_noise = MPConv(model_channels, max(widths))
         self.emb_label = MPConv(label_dim, max(widths)) if label_dim else None
