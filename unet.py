@@ -5,13 +5,14 @@
 To copy into your own project: the networks (sections 1 and 2) need nothing but torch, the rest also common.py.
 
     net = SongUNet(img_resolution=32, in_channels=3, out_channels=3, channel_mult=[2, 2, 2])     # DDPM++, CIFAR-10
+    load_weights(net, load_pretrained(path)[0], path)                                            # optional
     F = net(x, t.log() / 4)                                                                      # (B, 3, 32, 32)
 """
+import contextlib
 import io
 import math
 import pickle
 import pickletools
-import types
 import zipfile
 import zlib
 from collections import namedtuple
@@ -20,6 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+with contextlib.suppress(ModuleNotFoundError):
+    import common           # for sections 3 and 4
 
 
 # 1. DDPM++ and NCSN++
@@ -145,12 +149,12 @@ def u_shape(img_resolution, channels, widths, num_blocks, attn_resolutions, drop
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (the default) or NCSN++: x (B, in_channels, H, W), noise_labels (B,) ln(t) / 4 -> (B, out_channels, H, W)."""
+    """DDPM++ (the default) or NCSN++: x (B, in_channels, H, W), noise_labels (B,) = ln(t) / 4 -> (B, out, H, W)."""
 
     def __init__(self,
                  img_resolution,                # height and width of the images
                  in_channels, out_channels,     # colour channels in and out
-                 label_dim=0, augment_dim=0,    # widths of class labels (one-hot; None: no class) and augmentation labels
+                 label_dim=0, augment_dim=0,    # widths of the labels for classes (one-hot) and augmentation
                  model_channels=128,            # width at channel_mult 1
                  channel_mult=(1, 2, 2, 2),     # width of each resolution, finest first, in model_channels
                  num_blocks=4,                  # residual blocks per resolution: one number, or one each
@@ -341,23 +345,21 @@ class EDM2UNet(nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
+# 3. The network of a run, and published checkpoints
+
 def make_network(args, **changes):
     """The network of random weights that the flags in `args` describe (--arch, --width, ...), but for `changes`."""
-    import common           # here and not above, so that the networks can be copied without it
     config = dict(img_resolution=args.resolution, in_channels=args.in_channels, out_channels=args.in_channels,
                   label_dim=args.label_dim, model_channels=args.width, channel_mult=args.mults, num_blocks=args.blocks,
                   attn_resolutions=args.attn_resolutions, dropout=args.dropout)
-    try:
+    with common.or_refuse(f'--arch {args.arch}'):               # widths and resolutions that do not go together
         if args.arch == 'edm2':
             return EDM2UNet(**config | dict(dropout_res=args.dropout_res) | changes)
         return SongUNet(**config | changes)
-    except ValueError as error:                                 # widths and resolutions that do not go together
-        raise common.UserError(f'--arch {args.arch}: {error}')
 
 
 def initial_network(args, device, tunes=False):
     """The network that training starts with: random weights of --seed, or those of --init; tunes: those are wanted."""
-    import common
     torch.manual_seed(args.seed)
     net = make_network(args)
     net.config = common.config_of(args)
@@ -367,40 +369,29 @@ def initial_network(args, device, tunes=False):
         run = Path(args.init)                                   # perhaps a run's folder
         path = next((path for path in (run / 'final.pt', run / 'checkpoint.pt') if path.exists()), args.init)
         with common.one_first():
-            state = load_pretrained(path, common.cache_folder(args))[0]
-        load_weights(net, state, args.init)
+            load_weights(net, load_pretrained(path, common.cache_folder(args))[0], args.init)
     return net.to(device, memory_format=torch.channels_last)                    # channels last: convolutions run faster
 
 
-# 3. Published checkpoints
-
-NVIDIA = 'https://nvlabs-fi-cdn.nvidia.com'
 URLS = {    # the diffusion models that the papers tune
-    'cifar10': f'{NVIDIA}/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl',
-    'ffhq64': f'{NVIDIA}/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl',
-    'imagenet64': f'{NVIDIA}/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'}
+    'cifar10': 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl',
+    'ffhq64': 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl',
+    'imagenet64': 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'}
 FORMATS = {'model.': 'edm', 'unet.': 'edm2', '': 'state_dict'}      # by the network's name within its preconditioner
 
 
 def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights of a published network. -> (state_dict: dict name -> float32 tensor, about: dict of plain values)
+    """Weights of a published network -> float32 tensors by name, and a dict of what the file says of itself.
 
-    Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project (of which it gives the moving
-    average, without VCT's encoder) and state dicts of torch.save, and runs nothing in them. http(s):// and file://
-    addresses go through the folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says
-    of itself: `format`, arguments of the network, sigma_data. Raises common.UserError for what cannot be had or read.
+    Reads EDM's, EDM2's, ECT's and Sony's files, checkpoints of this project (their moving average) and state dicts, and
+    runs nothing in them. An address, which may end in #sha256=<hex>, is downloaded to the folder `cache`.
     """
-    import common
     path = Path(path_or_url)
     if str(path_or_url).startswith(('https://', 'http://', 'file://')):
         url, _, digest = str(path_or_url).partition('#sha256=')
-        # The address is part of the name: many runs have a file network-snapshot-latest.pkl.
-        path = Path(cache) / f'{zlib.crc32(url.encode()):08x}-{Path(url.partition("?")[0]).name}'
-        try:
-            common.download(url, path, 'sha256', digest.lower() or None)
-        except common.UserError as error:
-            raise common.UserError(f'{error}; --init PATH takes a file that you have, --pretrain-steps N needs none')
-    try:
+        path = Path(cache) / f'{zlib.crc32(url.encode()):08x}-{Path(url.partition("?")[0]).name}'      # names repeat
+        common.download(url, path, 'sha256', digest.lower() or None)
+    with common.or_refuse(f'{path} cannot be read as a checkpoint'):
         top = read(path.read_bytes())
         ema = top.get('ema', top) if isinstance(top, dict) else {}
         weights = dict(named_tensors(ema if '_modules' in ema else {'_parameters': ema}))
@@ -408,45 +399,33 @@ def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tupl
             raise ValueError('it holds neither a network nor a state dict')
         prefix = next(prefix for prefix in FORMATS if any(name.startswith(prefix) for name in weights))
         about = top | top.get('config', {}) | ema.get('_init_kwargs', {}) | ema | {'format': FORMATS[prefix]}
-        return ({name.removeprefix(prefix): dense(p) for name, p in weights.items() if not name.startswith('encoder.')},
+        return ({name.removeprefix(prefix): p for name, p in weights.items() if not name.startswith('encoder.')},
                 {name: value for name, value in about.items() if type(value) in (str, int, float, bool, list)})
-    except Exception as error:          # whatever Python says about a file that is damaged or not a checkpoint
-        reason = getattr(error, 'strerror', None) or str(error).split('\n')[0][:200] or type(error).__name__
-        raise common.UserError(f'{path} cannot be read as a checkpoint: {reason}')
+
+
+def named_tensors(module, prefix=''):
+    """The tensors of a module, here a dict of its attributes, and of its parts, named as in a state dict, float32."""
+    for group in '_parameters', '_buffers', '_modules':
+        for name, value in module.pop(group, {}).items():           # pop: 60 parts may refer to each other 2^60 times
+            if isinstance(value, Stored):
+                (dtype, _, numbers), offset, size, stride = value   # as_strided refuses what is not within its storage
+                p = torch.frombuffer(numbers or bytearray(8), dtype=dtype).as_strided(size, stride, offset)
+                yield prefix + name, p.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            elif isinstance(value, dict):
+                yield from named_tensors(value, f'{prefix}{name}.')
 
 
 def load_weights(net, state_dict, source):
-    """Copies a state dict into a network; `source` names it in the common.UserError that any mismatch raises.
-
-    What only training needs may be left over: map_augment.weight (EDM's augmentation) and logvar_* (EDM2's loss).
-    """
-    import common
+    """Copies a state dict into a network; `source` names it in the common.UserError that any mismatch raises."""
     wanted = {name: list(p.shape) for name, p in net.state_dict().items()}
-    given = {name: list(p.shape) for name, p in state_dict.items()
-             if name in wanted or not name.startswith(('map_augment.weight', 'logvar_'))}
+    unused = 'map_augment.weight', 'logvar_'                        # of EDM's augmentation and EDM2's loss
+    given = {name: list(p.shape) for name, p in state_dict.items() if name in wanted or not name.startswith(unused)}
     wrong = [f'{name} is {given.get(name, "missing")} there, {wanted.get(name, "missing")} here'
              for name in wanted | given if given.get(name) != wanted.get(name)]
     if wrong:
         more = f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         raise common.UserError(f'{source} does not fit this network: {"; ".join(wrong[:3])}{more}')
     net.load_state_dict(state_dict, strict=False)
-
-
-def named_tensors(module, prefix=''):
-    """The tensors of a module, here a dict of its attributes, and of its parts, named as in a state dict."""
-    for group in '_parameters', '_buffers', '_modules':
-        for name, value in module.pop(group, {}).items():           # pop: 60 parts may refer to each other 2^60 times
-            if isinstance(value, Stored):
-                yield prefix + name, value
-            elif isinstance(value, dict):
-                yield from named_tensors(value, f'{prefix}{name}.')
-
-
-def dense(stored):
-    """Stored -> its float32 tensor, in memory of its own; as_strided refuses what is not within its storage."""
-    (dtype, _, numbers), offset, size, stride = stored
-    shown = torch.frombuffer(numbers or bytearray(8), dtype=dtype).as_strided(size, stride, offset)
-    return shown.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 # 4. Reading files without running them: a pickle calls what it names, and here it can name KNOWN alone
@@ -461,12 +440,14 @@ class Inert(dict):
         self.update(state if isinstance(state, dict) else {})
 
 
-KNOWN = {f'torch.{name}Storage': getattr(torch, name.lower()) for name in
-         'Float Double Half BFloat16 Long Int Short Bool'.split()} | {
-    'torch.ByteStorage': torch.uint8, 'torch.CharStorage': torch.int8, 'collections.OrderedDict': Inert,
-    'dnnlib.util.EasyDict': Inert, 'torch.nn.modules.container.ModuleDict': Inert,
-    'builtins.getattr': lambda *_: Inert(), 'builtins.set': lambda *_: Inert(), 'numpy.dtype': lambda *_: Inert(),
-    'numpy.core.multiarray.scalar': lambda *_: Inert(),
+inert = lambda *_: Inert()
+KNOWN = {
+    'torch.DoubleStorage': torch.float64, 'torch.FloatStorage': torch.float32, 'torch.HalfStorage': torch.float16,
+    'torch.BFloat16Storage': torch.bfloat16, 'torch.LongStorage': torch.int64, 'torch.IntStorage': torch.int32,
+    'torch.ShortStorage': torch.int16, 'torch.CharStorage': torch.int8, 'torch.ByteStorage': torch.uint8,
+    'torch.BoolStorage': torch.bool, 'collections.OrderedDict': Inert, 'dnnlib.util.EasyDict': Inert,
+    'torch.nn.modules.container.ModuleDict': Inert, 'numpy.core.multiarray.scalar': inert, 'numpy.dtype': inert,
+    'builtins.getattr': inert, 'builtins.set': inert,
     '_codecs.encode': lambda text, _: text.encode('latin1'),            # how protocol 2 writes bytes
     'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
     'torch._utils._rebuild_tensor_v2': lambda *args: Stored(*args[:4]),
@@ -491,7 +472,7 @@ class Unpickler(pickle.Unpickler):
         if name not in KNOWN:
             raise ValueError(f'it asks for {name!r:.100}, unknown to checkpoints; nothing of it was run')
         known = KNOWN[name]                     # functions are handed out anew: a file can set attributes of its own
-        return (lambda *args: known(*args)) if isinstance(known, types.FunctionType) else known
+        return known if isinstance(known, (type, torch.dtype)) else lambda *args: known(*args)
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid[:5]
@@ -503,7 +484,7 @@ def read(data):
     file, storages = io.BytesIO(data), {}
     if data.startswith(b'PK'):
         archive = zipfile.ZipFile(file)
-        main = next(name for name in [*archive.namelist(), 'data.pkl'] if name.endswith('data.pkl'))
+        main = next((name for name in archive.namelist() if name.endswith('data.pkl')), 'data.pkl')
         top = Unpickler(io.BytesIO(archive.read(main)), storages).load()
         for key, (_, _, numbers) in storages.items():
             numbers.extend(archive.read(f'{main[:-4]}/{key}'))
