@@ -102,7 +102,7 @@ class UNetBlock(nn.Module):
         x = (self.conv1(h) + self.skip(x)) * math.sqrt(0.5)
         if self.attention:
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))     # (B, 1, C, 3, HW): interleaved
-            q, k, v = qkv.permute(3, 0, 1, 4, 2)                                              # each (B, 1, HW, C)
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()             # each (B, 1, HW, C); strided ones are slow
             h = F.scaled_dot_product_attention(q, k, v)                                    # softmax(q k / sqrt(C)) v
             x = (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * math.sqrt(0.5)
         return x
@@ -299,7 +299,7 @@ class MPBlock(nn.Module):
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:
             qkv = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3))           # (B, heads, C/heads, 3, HW)
-            q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2)                       # each (B, heads, HW, C/heads)
+            q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).contiguous()          # each (B, heads, HW, C/heads)
             h = F.scaled_dot_product_attention(q, k, v)
             x = mp_sum(x, self.attn_proj(h.transpose(2, 3).reshape(x.shape)), 0.3)
         return x.clamp(-256, 256)                                                           # fp16 ends at 65504
