@@ -1,7 +1,6 @@
-"""Plumbing that the paper scripts share: keyed randomness, steps, data, logs, checkpoints, pictures, processes, flags.
+"""Plumbing that the paper scripts share: functions to call, first those that a training loop calls in every step.
 
-Functions to call, not a framework to fit into: a script's `train` is a plain loop that calls what it needs, and what it
-calls in every step comes first here. Nothing in this file knows an algorithm.
+Nothing in this file knows an algorithm.
 """
 import argparse
 import cmath
@@ -17,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -125,10 +125,7 @@ def true_float32():
 
 
 def backward(values, n, precision):
-    """Back-propagates the mean of a loss over n samples, of which values (b,) are some. -> this part of the mean
-
-    values may be (k, b): the loss, and what is to be averaged with it, for the log. -> (k,)
-    """
+    """Back-propagates b of n samples' share in the mean loss: values (b,), or row 0 of (k, b). -> shares, () or (k,)"""
     means = values.sum(-1) / n
     (means.view(-1)[0] * LOSS_SCALE.get(precision, 1.0)).backward()
     return means.detach()
@@ -184,10 +181,7 @@ def to_uint8(x):
 
 
 def load_data(args, device):
-    """The data set that the flags name, which sets args.resolution, in_channels and label_dim; labels 0 without --cond.
-
-    The images go to the device if they fill at most half of the memory that is free there.
-    """
+    """The data set of --dataset; sets args.resolution, in_channels, label_dim to its own. Labels 0 without --cond."""
     root = Path(args.data_dir)
     with one_first():
         known = dict(shapes=lambda: shapes(resolution=args.resolution), cifar10=lambda: cifar10(root),
@@ -202,7 +196,7 @@ def load_data(args, device):
         data = data._replace(labels=torch.zeros(n, dtype=torch.int64), classes=0)
     args.resolution, args.in_channels, args.label_dim = size, channels, data.classes
     choose_labels(1, args.labels, args.label_dim)                   # refuses those that the data have not
-    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:     # the free memory
         data = data._replace(images=data.images.to(device))
     return data
 
@@ -335,7 +329,7 @@ def image_folder(root, resolution=None):
 
     def decoded():
         pool = concurrent.futures.ThreadPoolExecutor()          # decoding runs outside Python's lock
-        for name, image in zip(files, progress(pool.map(load, files), f'reading {root}', len(files))):
+        for name, image in zip(progress(files, f'reading {root}'), pool.map(load, files)):
             if image.shape != shape[1:]:
                 raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
                                 '--resolution N brings all images to one square')
@@ -387,20 +381,17 @@ class Clock:
     def __init__(self, args, device):
         self.args, self.device, self.parts, self.last = args, device, {}, None
 
-    def now(self):
-        """Seconds, when the device has done its work."""
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def __call__(self, part):
         if self.last is not None:
-            self.parts[part] = self.parts.get(part, 0.0) + self.now() - self.last
-            self.last = self.now()
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+            self.last = now
 
     def steps(self, start):
         """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
-        n, precision = self.args.benchmark, self.args.precision
+        n, batch, precision = self.args.benchmark, self.args.batch, self.args.precision
         if not n:
             yield from range(start, self.args.steps)
             return
@@ -412,16 +403,14 @@ class Clock:
         product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
         for step in range(start + 2, start + 2 + n):
             products.append(product.timeit(5).mean)             # under the same conditions as the steps
-            self.last = self.now()
+            self.last = time.perf_counter()
             yield step
             self('log')
-        seconds = sum(self.parts.values()) / n
+        cuda, seconds = self.device.type == 'cuda', sum(self.parts.values()) / n
         rate, best = counter.get_total_flops() / seconds / 1e12, 2 * size ** 3 / np.median(products) / 1e12
-        cuda = self.device.type == 'cuda'
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        print0(f'{self.args.batch / seconds:,.1f} img/s, {seconds:.3f} s for a step of {self.args.batch} images, '
-               f'peak memory {memory / 2 ** 30:.2f} GiB')
-        print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a {precision} matrix product alone')
+        print0(f'{batch / seconds:,.1f} img/s, {seconds:.3f} s a step, peak memory {memory / 2 ** 30:.2f} GiB')
+        print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in {precision}')
         for part, spent in self.parts.items():
             print0(f'  {part:<16} {spent / n:9.4f} s  {spent / n / seconds:6.1%}')
 
@@ -434,31 +423,25 @@ def read_metrics(path):
 
 
 class Log:
-    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
-
-    Values stay on the device until a whole block of steps is read at once: the loop never waits for them.
-    """
+    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM."""
 
     def __init__(self, args, start, device):
         self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
-        self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
+        self.block = 1 if device.type == 'cpu' else 10          # steps read from the device at once: no step waits
         self.pending, self.signal, self.stop = [], False, False
         self.nonfinite, self.in_a_row, self.best = 0, 0, math.inf   # steps without finite gradients; Fréchet distance
         self.first, self.begin, self.shown = start, time.monotonic(), time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
         if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
             lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
             self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
             self.best = min((line.get('best', math.inf) for line in lines), default=math.inf)
-            text = ''.join(json.dumps(line) + '\n' for line in lines)
-            write_atomic(self.path, lambda file: file.write(text.encode()))
+            write_atomic(self.path, lambda file: file.writelines(json.dumps(line).encode() + b'\n' for line in lines))
 
     def _on_signal(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
         self.signal = True
+        signal.signal(number, signal.default_int_handler)       # a second one ends the run at once
 
     def step(self, step, **values):
         """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
@@ -472,7 +455,7 @@ class Log:
     def due(self, step, every):
         """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
         at_end = every and (step % every == 0 or step == self.args.steps)
-        return bool(at_end and not self.args.benchmark and not self.stop)
+        return at_end and not (self.args.benchmark or self.stop)
 
     def flush(self, step):
         """Writes pending values, averaged over the processes; UserError after 20 steps without finite gradients."""
@@ -486,21 +469,21 @@ class Log:
             bad = not all(map(math.isfinite, values.values()))
             self.nonfinite += bad
             self.in_a_row = bad * (self.in_a_row + 1)
-            shown = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
-            self.write({'step': number} | shown | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
+            noted = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
+            self.write({'step': number} | noted | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
             if self.in_a_row >= 20:
-                raise UserError('training diverged: gradients were not finite for 20 steps in a row; the last checkpoint in '
-                                f'{self.args.out} is from before. Try a lower --lr or --precision fp32', code=1)
+                raise UserError(f'gradients were not finite for 20 steps in a row, up to step {number}. The last '
+                                'checkpoint is from before; try a lower --lr or --precision fp32', code=1)
         now, last = time.monotonic(), step == self.args.steps or self.stop
         if last or now - self.shown > (0.2 if sys.stdout.isatty() else 15):
             pace = (now - self.begin) / (step - self.first)                             # seconds a step
+            left = datetime.timedelta(seconds=int((self.args.steps - step) * pace))
             text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            print0(f'step {step:,}/{self.args.steps:,}  {text}  {self.args.batch / max(pace, 1e-9):,.0f} img/s  '
-                   f'{duration((self.args.steps - step) * pace)} left', refresh=not last)
+            text += f'  {self.args.batch / pace:,.0f} img/s  {left} left'
+            print0(f'step {step:,}/{self.args.steps:,}  {text}', refresh=not last)
             self.shown = now
         if self.stop and not self.args.benchmark:
-            print0(f'stopping after step {step:,}; go on with: '
-                   f'python {self.args.script}.py --resume --out {self.args.out}')
+            print0(f'stopped after step {step:,}; go on: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, line):
         """Appends a dict to metrics.jsonl."""
@@ -517,10 +500,7 @@ class Log:
 
 
 def after_step(args, step, log, evaluate, sample_fn, ema, **parts):
-    """What is due after a step: Fréchet distances, pictures, a checkpoint. -> whether the run is to stop
-
-    evaluate() -> {name: distance}; sample_fn as a script's `sample`; parts as for `open_run`.
-    """
+    """What is due after a step: distances (of evaluate()), pictures, a checkpoint. -> whether to stop"""
     if log.due(step, args.eval_every) and log.evaluated(step, evaluate()):
         save_final(args, ema, 'best')
     if log.due(step, args.sample_every) and rank() == 0:
@@ -558,14 +538,11 @@ def open_run(args, **parts):
 
 
 def write_atomic(path, write, previous=None):
-    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it.
-
-    The file that had the name before becomes `previous`, or goes.
-    """
+    """`write(file)` fills a file that then takes the name `path`, whole; the one there before becomes `previous`."""
     part = path.with_name(f'{path.name}.{os.getpid()}.part')            # another run may make the same file
     with or_refuse(f'{path} could not be written'):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, 'wb') as file:
                 write(file)
                 file.flush()
@@ -594,10 +571,7 @@ def save_final(args, model, name='final'):
 
 
 def load_checkpoint(path):
-    """A run's folder, checkpoint.pt, or final.pt beside config.json -> dict with `ema`, `config` and perhaps more.
-
-    No file can run code (`weights_only`). Of a folder, the first of CHECKPOINTS that is whole.
-    """
+    """checkpoint.pt, final.pt beside config.json, or a folder: its first of CHECKPOINTS that is whole. -> dict"""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in CHECKPOINTS if (path / name).exists()] or [path / CHECKPOINTS[0]]
@@ -610,7 +584,7 @@ def load_checkpoint(path):
     with or_refuse(f'{path} cannot be read as a checkpoint'):
         with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
             assert archive.testzip() is None, 'it is damaged'
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)             # no file can run code
         state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
         assert isinstance(state['config'], dict) and state['ema'], 'there are no weights in it'
         return state
@@ -655,13 +629,12 @@ def save_grid(images, path, columns=None):
     """Images (N, C, H, W) in [-1, 1] -> one PNG, each magnified to about 64 pixels, row by row."""
     images = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     n, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    zoom, gap = max(1, 64 // width), 2
-    across, down = width * zoom + gap, height * zoom + gap
-    sheet = Image.new('RGB', (columns * across + gap, math.ceil(n / columns) * down + gap), 'white')
+    columns, zoom = columns or math.ceil(math.sqrt(n)), max(1, 64 // width)
+    across, down = width * zoom + 2, height * zoom + 2              # with a gap
+    sheet = Image.new('RGB', (columns * across + 2, math.ceil(n / columns) * down + 2), 'white')
     for i, image in enumerate(images):
         tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * across, gap + i // columns * down))
+        sheet.paste(tile, (2 + i % columns * across, 2 + i // columns * down))
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
 
 
@@ -745,11 +718,7 @@ def world_size():
 
 
 def start(args):
-    """Joins the processes of this run and returns this process's device. With --dry-run, prints the settings instead.
-
-    Under torchrun or Slurm's srun the environment says who is who. Otherwise `--gpus N` starts N copies of this command
-    and this process waits for them and exits with their code.
-    """
+    """Joins the processes of torchrun, Slurm's srun or --gpus, which starts them here. -> this process's device"""
     if args.dry_run:
         print0(json.dumps(config_of(args), indent=2))
         sys.exit()
@@ -760,18 +729,16 @@ def start(args):
         env.setdefault('MASTER_PORT', '29500')
     launches = 'RANK' not in env and args.gpus > 1
     processes = args.gpus if launches else world_size()
-    if args.device == 'cuda' and not gpus:
-        raise UserError('--device cuda: this machine has no GPU that torch can use')
-    if launches and args.device != 'cpu' and gpus < args.gpus:
-        raise UserError(f'--gpus {args.gpus}: this machine has {gpus} (--device cpu runs that many processes without)')
+    wanted = args.gpus if launches and args.device != 'cpu' else args.device == 'cuda'
+    if gpus < wanted:
+        raise UserError(f'--gpus {args.gpus}: this machine has {gpus or "no"} GPU for torch; --device cpu needs none')
     if args.batch % processes and not args.use:
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
-    if rank() == 0 and not (args.benchmark or args.resume or args.overwrite or args.use):
-        if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
-            raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
-                            '--out DIR goes elsewhere')
-        if out.exists() and not out.is_dir():
-            raise UserError(f'--out {out} is a file')
+    fresh = rank() == 0 and not (args.benchmark or args.resume or args.overwrite or args.use)
+    if fresh and (out / 'config.json').exists():
+        raise UserError(f'{out} holds a run: --resume goes on with it, --overwrite starts over, --out goes elsewhere')
+    if fresh and out.is_file():
+        raise UserError(f'--out {out} is a file')
     if launches:
         sys.exit(_start_copies(args))
 
@@ -809,8 +776,8 @@ def _start_copies(args):
             copy.wait()
     code, i = next(((code, i) for i, code in enumerate(codes) if code), (0, 0))
     if code < 0:
-        print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. '
-              f'The last checkpoint in {args.out} is whole', file=sys.stderr)
+        cause = signal.Signals(-code).name
+        print(f'process {i} of {args.gpus} was ended by {cause}; the others with it', file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
@@ -845,13 +812,12 @@ def one_first():
 
 def number(kind=int, low=-math.inf, high=math.inf, many=False):
     """A type for argparse: a finite number; or a list of such with commas; many='perhaps': one stays a number."""
-    def parse(text):
+    def flag(text):                     # argparse says: invalid flag value
         values = [kind(part) for part in text.split(',')] if many else [kind(text)]
         if not all(low <= value <= high and abs(value) != math.inf for value in values):
             raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
         return values if many is True or len(values) > 1 else values[0]
-    parse.__name__ = 'number'
-    return parse
+    return flag
 
 
 def add_common_flags(parser, script, names, add_flags, example):
@@ -910,20 +876,17 @@ def add_common_flags(parser, script, names, add_flags, example):
 
 
 DEFAULTS = dict(dataset='shapes', data_dir='data', precision='fp32', seed=0, gpus=1, device='auto', n=64)
-# Flags that may differ between a run and its resumption: where and how long it runs, and how it is sampled and judged.
-FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every
-    eval_every fid_num fid_ref fid_features inception dry_run debug help sample evaluate analyse benchmark n nfe
-    labels'''.split())
-# Settings that are no part of a run: they say what this command is to do.
+# Settings that are no part of a run, as they say what this command is to do; those that may change in a resumed one.
 NOT_KEPT = set('argv out_given resume overwrite dry_run debug help sample evaluate analyse use benchmark n'.split())
+FREE_FLAGS = NOT_KEPT | set('data_dir steps microbatch compile out gpus device save_every sample_every eval_every '
+                            'fid_num fid_ref fid_features inception nfe labels'.split())
 
 
 def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', free=''):
     """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
 
-    A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
-    `args.use` is the checkpoint of --sample, --evaluate or --analyse. example: of the script's own flags, in --help;
-    free: those of them that only sampling reads.
+    `presets[dataset, value]` are those for a value of the flag `switch`; free: flags that only sampling reads; example:
+    of add_flags', in --help. `args.use` is the checkpoint of --sample, --evaluate or --analyse.
     """
     names = ', '.join(name for name in presets if isinstance(name, str))
     parser = argparse.ArgumentParser(
@@ -934,13 +897,14 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', fr
     given = vars(parser.parse_args(argv))                       # nothing but what was said
 
     free, saved = FREE_FLAGS | set(free.split()), {}
-    uses = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
-    if len(uses) > 1:
+    use = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
+    if len(use) > 1:
         raise UserError('--sample, --evaluate and --analyse: one at a time')
-    if uses:                                                    # how it was trained is not how it is sampled
-        trained = 'out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'
-        saved = {name: value for name, value in load_checkpoint(uses[0])['config'].items() if name not in trained}
-        free |= {'seed', 'precision'}
+    if use:
+        free |= {'seed', 'precision'}                           # how it was trained is not how it is sampled
+        saved = load_checkpoint(use[0])['config']
+        for name in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'):
+            saved.pop(name, None)
     elif 'resume' in given:
         saved = read_config(Path(given.get('out', f'runs/{script}-{given.get("dataset", "shapes")}')))
     if saved.get('script', script) != script:
@@ -954,7 +918,7 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', fr
         raise UserError(f'--dataset {known["dataset"]}: not known; choose from {names}')
     preset = presets.get((known['dataset'], known.get(switch)), presets[known['dataset']])
     flags = {action.dest: False if action.nargs == 0 else None for action in parser._actions}
-    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=uses[0] if uses else None)
+    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=use[0] if use else None)
     if args.help:
         for action in parser._actions:
             value = getattr(args, action.dest)
@@ -980,8 +944,6 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', fr
     if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
         print0(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True
-    if args.resume and args.steps != saved.get('steps', args.steps):
-        print0(f'--steps {args.steps:,} instead of {saved["steps"]:,}: the schedule of levels stretches with it')
     return args
 
 
@@ -997,11 +959,8 @@ def config_of(args):
 
 def read_config(out):
     """config.json of the run in folder `out`, as a dict."""
-    path = out / 'config.json'
-    if not path.exists():
-        raise UserError(f'{out} holds no run: there is no config.json in it')
-    with or_refuse(f'{path} cannot be read'):
-        return dict(**json.loads(path.read_text()))
+    with or_refuse(f'{out} holds no run that can be read'):
+        return dict(**json.loads((out / 'config.json').read_text()))
 
 
 # 9. Errors and messages
@@ -1033,19 +992,17 @@ def run(main, argv=None):
     except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
         return stop.code or 0
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
-        text = str(error)
-        lost = dist.is_initialized() and any(word in text.lower() for word in ('connection', 'gloo', 'nccl', 'peer'))
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text.lower()
-        if '--debug' in argv or isinstance(error, RuntimeError) and not (lost or full):
-            raise
-        if isinstance(error, UserError):
-            code = error.code
-        elif isinstance(error, KeyboardInterrupt):
+        code, text = getattr(error, 'code', 1), str(error)
+        if isinstance(error, KeyboardInterrupt):
             code, text = 130, 'interrupted'
-        elif full:
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
             code, text = 2, 'out of memory: lower --batch, or split it with --microbatch'
-        else:
-            code, text = 1, 'another process of this run has ended'
+        elif isinstance(error, RuntimeError):
+            if not dist.is_initialized() or not re.search('connection|gloo|nccl|peer', text, re.IGNORECASE):
+                raise
+            text = 'another process of this run has ended'
+        if '--debug' in argv:
+            raise
         time.sleep(2 * bool(rank()))    # what is wrong for all is said by the first, which ends the others meanwhile
         print('\r\033[K' * sys.stderr.isatty() + f'process {rank()}: ' * bool(rank()) + text, file=sys.stderr)
     if dist.is_initialized() and os.environ.get('WATCH_STDIN'):     # a copy: gloo's threads may abort an orderly exit
@@ -1061,18 +1018,13 @@ def print0(text, refresh=False):
         print('\r\033[K' * terminal + text, end='' if refresh and terminal else '\n', flush=True)
 
 
-def progress(items, what, total=None):
-    """Yields from `items`; work that takes over two seconds shows how far it is. total: their number."""
-    total = len(items) if total is None else total
+def progress(items, what):
+    """Yields from `items`; work that takes over two seconds shows how far it is."""
     begin = shown = time.monotonic()
     for i, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - shown > (2 if sys.stdout.isatty() else 30):
-            print0(f'{what}: {i:,} of {total:,}, {duration((now - begin) / i * (total - i))} left', refresh=True)
+            left = datetime.timedelta(seconds=int((now - begin) / i * (len(items) - i)))
+            print0(f'{what}: {i:,} of {len(items):,}, {left} left', refresh=True)
             shown = now
-
-
-def duration(seconds):
-    """3725.0 -> '1:02:05'."""
-    return str(datetime.timedelta(seconds=int(seconds))).removeprefix('0:')
