@@ -106,7 +106,7 @@ def microbatches(net, args, step):
     n = args.batch // world_size()
     size = args.microbatch or n
     for i, at in enumerate(range(0, n, size)):
-        if world_size() > 1:
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
             net.require_backward_grad_sync = at + size >= n         # processes average their gradients in the last one
         yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
 
@@ -440,8 +440,9 @@ class Log:
             write_atomic(self.path, lambda file: file.writelines(json.dumps(line).encode() + b'\n' for line in lines))
 
     def _on_signal(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
         self.signal = True
-        signal.signal(number, signal.default_int_handler)       # a second one ends the run at once
 
     def step(self, step, **values):
         """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
@@ -477,9 +478,8 @@ class Log:
         now, last = time.monotonic(), step == self.args.steps or self.stop
         if last or now - self.shown > (0.2 if sys.stdout.isatty() else 15):
             pace = (now - self.begin) / (step - self.first)                             # seconds a step
-            left = datetime.timedelta(seconds=int((self.args.steps - step) * pace))
             text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            text += f'  {self.args.batch / pace:,.0f} img/s  {left} left'
+            text += f'  {self.args.batch / pace:,.0f} img/s  {duration((self.args.steps - step) * pace)} left'
             print0(f'step {step:,}/{self.args.steps:,}  {text}', refresh=not last)
             self.shown = now
         if self.stop and not self.args.benchmark:
@@ -530,9 +530,10 @@ def open_run(args, **parts):
     if args.benchmark:
         return args.pretrain_steps                              # tuning, not its start, is timed
     if rank() == 0:
-        for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
-            for path in out.glob(pattern):
-                path.unlink()
+        with or_refuse(f'--out {out}'):
+            for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
+                for path in out.glob(pattern):
+                    path.unlink()
         write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
     return step
 
@@ -1019,12 +1020,18 @@ def print0(text, refresh=False):
 
 
 def progress(items, what):
-    """Yields from `items`; work that takes over two seconds shows how far it is."""
+    """Yields from `items` and, where that takes long, shows how far it is."""
     begin = shown = time.monotonic()
+    pause = 2
     for i, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - shown > (2 if sys.stdout.isatty() else 30):
-            left = datetime.timedelta(seconds=int((now - begin) / i * (len(items) - i)))
+        if now - shown > pause:
+            left = duration((now - begin) / i * (len(items) - i))
             print0(f'{what}: {i:,} of {len(items):,}, {left} left', refresh=True)
-            shown = now
+            shown, pause = now, 2 if sys.stdout.isatty() else 30
+
+
+def duration(seconds):
+    """3725.0 -> '1:02:05'."""
+    return str(datetime.timedelta(seconds=int(seconds))).removeprefix('0:')
