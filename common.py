@@ -8,7 +8,6 @@ import cmath
 import colorsys
 import concurrent.futures
 import contextlib
-import ctypes
 import datetime
 import functools
 import gzip
@@ -171,11 +170,6 @@ class Data(NamedTuple):
     classes: int
     home: Path
 
-    def to(self, device):
-        """Images on `device` if they fill at most half of the memory free there; batches move there either way."""
-        fits = device.type == 'cuda' and self.images.numel() < torch.cuda.mem_get_info(device)[0] // 2
-        return self._replace(images=self.images.to(device)) if fits else self
-
     def at(self, index, device):
         """Images in [-1, 1] (B, C, H, W) and labels (B,) of `index` (B,), on `device`."""
         images = self.images[index.to(self.images.device, non_blocking=True)].to(device, non_blocking=True)
@@ -193,18 +187,16 @@ def to_uint8(x):
 
 
 def load_data(args, device):
-    """The data set that the flags name, on `device` if it fits. `--cond` needs labels; without it they are all 0.
+    """The data set that the flags name. `--cond` needs labels; without it they are all 0.
 
-    Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not.
+    Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not. The
+    images go to the device if they fill at most half of the memory that is free there.
     """
     root = Path(args.data_dir)
     with one_first():
-        if args.dataset == 'shapes':
-            data = shapes(resolution=args.resolution)
-        elif args.dataset in ('cifar10', 'fmnist'):
-            data = cifar10(root) if args.dataset == 'cifar10' else fmnist(root)
-        else:
-            data = image_folder(root, args.resolution)
+        known = dict(shapes=lambda: shapes(resolution=args.resolution), cifar10=lambda: cifar10(root),
+                     fmnist=lambda: fmnist(root))
+        data = known.get(args.dataset, lambda: image_folder(root, args.resolution))()
     size = data.images.shape[-1]
     if args.resolution not in (None, size):
         raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
@@ -214,7 +206,9 @@ def load_data(args, device):
         data = data._replace(labels=torch.zeros(len(data.images), dtype=torch.int64), classes=0)
     args.resolution, args.in_channels, args.label_dim = size, data.images.shape[1], data.classes
     choose_labels(1, args.labels, args.label_dim)
-    return data.to(device)
+    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+        data = data._replace(images=data.images.to(device))
+    return data
 
 
 def cache_folder(args):
@@ -227,14 +221,8 @@ _CIRCLE = [cmath.rect(1, a) for a in _ARC]
 _SQUARE = [-0.9 - 0.9j, 0.9 - 0.9j, 0.9 + 0.9j, -0.9 + 0.9j]
 _PLUS = [p * 1j ** turn for turn in range(4) for p in (-0.28 - 1j, 0.28 - 1j, 0.28 - 0.28j)]
 SHAPES = {      # name: outline, points x + yj within [-1, 1]², y downwards
-    'circle': _CIRCLE,
-    'ring': _CIRCLE,
-    'square': _SQUARE,
-    'frame': _SQUARE,
-    'triangle': [-1j, 1 + 0.8j, -1 + 0.8j],
-    'diamond': [-1.1j, 0.75, 1.1j, -0.75],
-    'plus': _PLUS,
-    'cross': [p * cmath.rect(1, math.pi / 4) for p in _PLUS],
+    'circle': _CIRCLE, 'ring': _CIRCLE, 'square': _SQUARE, 'frame': _SQUARE, 'triangle': [-1j, 1 + 0.8j, -1 + 0.8j],
+    'diamond': [-1.1j, 0.75, 1.1j, -0.75], 'plus': _PLUS, 'cross': [p * cmath.rect(1, math.pi / 4) for p in _PLUS],
     'heart': [complex(math.sin(a) ** 3, (5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a)
                                          - 13 * math.cos(a)) / 16) for a in _ARC],
     'star': [cmath.rect(r, math.pi * i / 5) * -1j for i, r in enumerate([1.15, 0.48] * 5)]}
@@ -303,14 +291,13 @@ def fmnist(root):
         if not packed.exists() and not plain.exists():      # else gzip's own checksum tells: packings differ in MD5
             download(f'{FMNIST_URL}/{name}', packed, 'md5', md5)
         with or_refuse(f'{packed} cannot be read'):
-            parts.append(plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes()))
-    images, labels = parts
-    n = len(labels) - 8
-    header = np.array([0x803, n, 28, 28, 0x801, n], '>i4').tobytes()                # 8: bytes; 3, 1: axes
-    if n < 1 or len(images) != 16 + n * 784 or images[:16] + labels[:8] != header or max(labels[8:]) > 9:
+            data = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+            parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    images, labels = parts[0][16:], parts[1][8:].long()                             # behind the headers
+    n = len(labels)
+    if n < 1 or len(images) != n * 784 or labels.max() > 9 or parts[0][:4].tolist() != [0, 0, 8, 3]:    # bytes, 3 axes
         raise UserError(f'{folder} is not Fashion-MNIST: {DAMAGED}')
-    images, labels = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return Data(images[16:].view(n, 1, 28, 28), labels[8:].long(), 10, root)
+    return Data(images.view(n, 1, 28, 28), labels, 10, root)
 
 
 IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
@@ -337,12 +324,7 @@ def folder_or_zip(root):
         return names, lambda name: (root / name).read_bytes()
     with or_refuse(f'{root} is no folder or zip of images'):
         archive = zipfile.ZipFile(root)                 # read in place: no path in it is ever written to
-    lock = threading.Lock()
-
-    def read(name):
-        with lock:
-            return archive.read(name)
-    return archive.namelist(), read
+    return archive.namelist(), archive.read
 
 
 def image_folder(root, resolution=None):
@@ -363,7 +345,7 @@ def image_folder(root, resolution=None):
     def decoded():
         with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
             for name, image in zip(files, progress(pool.map(load, files), f'reading {root}', len(files))):
-                if image.shape != (3, side, side):
+                if image.shape != shape[1:]:
                     raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
                                     '--resolution N brings all images to one square')
                 yield image
@@ -376,51 +358,35 @@ def image_folder(root, resolution=None):
         sizes = root.stat().st_size if root.is_file() else [(root / name).stat().st_size for name in files]
         stamp = hashlib.sha256(repr((files, sizes)).encode()).hexdigest()[:12]
         path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
+        if not path.exists():
+            print0(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
+            write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
         with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
-            if not path.exists():
-                print0(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
-                write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
             images = np.memmap(path, np.uint8, 'c', shape=shape)
-    labels = folder_labels(root, names, files, read)
-    return Data(torch.from_numpy(images), labels, 0 if labels is None else int(labels.max()) + 1, root.parent)
 
-
-def folder_labels(root, names, files, read):
-    """Class numbers of image files by `dataset.json`, or by their folders; None if there are none. -> (N,) int64"""
-    folders = [name.split('/')[0] for name in files]
+    labels, folders = None, [name.split('/')[0] for name in files]
     if 'dataset.json' in names:
         with or_refuse(f'{root}: dataset.json does not give every image a label'):
             table = dict(json.loads(read('dataset.json'))['labels'] or [])
-            return torch.tensor([int(table[name]) for name in files]) if table else None
-    if all('/' in name for name in files) and len(set(folders)) > 1:
-        return torch.from_numpy(np.unique(folders, return_inverse=True)[1])
+            labels = torch.tensor([int(table[name]) for name in files]) if table else None
+    elif all('/' in name for name in files) and len(set(folders)) > 1:
+        labels = torch.from_numpy(np.unique(folders, return_inverse=True)[1])
+    return Data(torch.from_numpy(images), labels, 0 if labels is None else int(labels.max()) + 1, root.parent)
 
 
 def download(url, path, algorithm, digest):
     """Fetches `url` to `path` unless it is there; either way its hash must begin with `digest` (hex; None: unknown)."""
-    def fetch(file):
-        with urllib.request.urlopen(url, timeout=30) as source:
-            size = int(source.headers.get('Content-Length') or 0)
-            blocks = iter(lambda: source.read(1 << 20), b'')
-            for block in progress(blocks, f'downloading {path.name} (MiB)', math.ceil(size / (1 << 20))):
-                file.write(block)
-        if size and file.tell() != size:                # the connection's end looks like the file's
-            raise OSError(f'only {file.tell():,} of {size:,} bytes came')
-        file.seek(0)
-        check(file, url)
-
-    def check(file, source):
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-        if not found.startswith(digest or ''):
-            raise UserError(f'{source} has {algorithm} {found}, not {digest}: {DAMAGED}')
-
-    if not path.exists():
-        with or_refuse(f'{path} could not be downloaded from {url}'):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, fetch)
-    elif digest:
-        with or_refuse(f'{path} cannot be read'), open(path, 'rb') as file:
-            check(file, path)
+    there = path.exists()
+    with or_refuse(f'{path} cannot be read' if there else f'{path} could not be downloaded from {url}'):
+        if not there:
+            print0(f'downloading {url}')
+        data = path.read_bytes() if there else urllib.request.urlopen(url, timeout=30).read()   # fails if cut short
+    found = hashlib.new(algorithm, data).hexdigest()
+    if not found.startswith(digest or ''):
+        raise UserError(f'{path if there else url} has {algorithm} {found}, not {digest}: {DAMAGED}')
+    if not there:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: file.write(data))
 
 
 # 4. Timing and logging
@@ -429,8 +395,7 @@ class Clock:
     """Counts the steps of a run and, for --benchmark, times their parts: clock('backward') books what passed since."""
 
     def __init__(self, args, device):
-        self.args, self.device = args, device
-        self.parts, self.products, self.last = {}, [], None
+        self.args, self.device, self.parts, self.last = args, device, {}, None
 
     def now(self):
         """Seconds, when the device has done its work."""
@@ -440,9 +405,8 @@ class Clock:
 
     def __call__(self, part):
         if self.last is not None:
-            now = self.now()
-            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-            self.last = now
+            self.parts[part] = self.parts.get(part, 0.0) + self.now() - self.last
+            self.last = self.now()
 
     def steps(self, start):
         """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
@@ -456,16 +420,26 @@ class Clock:
         yield start + 1
         if self.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
+        products = []
         for step in range(start + 2, start + 2 + self.args.benchmark):
-            self.product()
+            products.append(self.product_rate())                # under the same conditions as the steps
             self.last = self.now()
             yield step
             self('log')
             self.last = None
-        self.report(counter.get_total_flops())
+        total, peak = sum(self.parts.values()) / self.args.benchmark, float(np.median(products))
+        rate = counter.get_total_flops() / total
+        cuda = self.device.type == 'cuda'
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        print0(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
+               f'peak memory {memory / 2 ** 30:.2f} GiB')
+        print0(f'{rate / 1e12:.4g} TFLOP/s a process, {rate / peak:.1%} of the {peak / 1e12:.4g} of a '
+               f'{self.args.precision} matrix product alone')
+        for part, spent in self.parts.items():
+            print0(f'  {part:<16} {spent / self.args.benchmark:9.4f} s  {spent / self.args.benchmark / total:6.1%}')
 
-    def product(self):
-        """Times a large matrix product, which few networks outrun: between steps, under the same conditions."""
+    def product_rate(self):
+        """Operations per second of a large matrix product, which few networks outrun."""
         dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.args.precision, torch.float32)
         n = 8192 if self.device.type == 'cuda' else 2048
         a = torch.randn(n, n, device=self.device, dtype=dtype)
@@ -473,21 +447,7 @@ class Clock:
         begin = self.now()
         for _ in range(5):
             a @ a
-        self.products.append(5 * 2 * n ** 3 / (self.now() - begin))
-
-    def report(self, flops):
-        """Prints means over the timed steps, whose floating-point operations are `flops` each."""
-        total, peak = sum(self.parts.values()) / self.args.benchmark, float(np.median(self.products))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.device.type == 'cuda':
-            memory = torch.cuda.max_memory_allocated()
-        print0(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
-               f'peak memory {memory / 2 ** 30:.2f} GiB')
-        print0(f'{flops / total / 1e12:.4g} TFLOP/s a process, {flops / total / peak:.1%} of the {peak / 1e12:.4g} of a '
-               f'{self.args.precision} matrix product alone')
-        for name, spent in self.parts.items():
-            spent /= self.args.benchmark
-            print0(f'  {name:<16} {spent:9.4f} s  {spent / total:6.1%}')
+        return 5 * 2 * n ** 3 / (self.now() - begin)
 
 
 def read_metrics(path):
@@ -500,7 +460,7 @@ def read_metrics(path):
 class Log:
     """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
 
-    Values stay on the device until a flush reads a whole block of steps at once: the loop never waits for them.
+    Values stay on the device until a whole block of steps is read at once: the loop never waits for them.
     """
 
     def __init__(self, args, start, device):
@@ -509,8 +469,7 @@ class Log:
         self.pending, self.signal, self.stop = [], False, False
         self.nonfinite, self.in_a_row = 0, 0                    # steps whose gradients were not finite
         self.best = math.inf                                    # Fréchet distance
-        self.first = self.shown_step = start
-        self.begin = self.shown = time.monotonic()
+        self.first, self.begin, self.shown = start, time.monotonic(), time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
@@ -542,8 +501,7 @@ class Log:
 
     def flush(self, step):
         """Writes pending values, averaged over the processes; UserError after 20 steps without finite gradients."""
-        rows = torch.stack(self.pending)                        # (steps, values)
-        self.pending = []
+        rows, self.pending = torch.stack(self.pending), []      # (steps, values)
         if dist.is_initialized():
             dist.all_reduce(rows)
             rows /= world_size()
@@ -559,18 +517,13 @@ class Log:
                 raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step '
                                 f'{number}; the last checkpoint in {self.args.out} is from before. Try a lower --lr '
                                 'or --precision fp32', code=1)
-        self.progress(step, values)
-
-    def progress(self, step, values):
-        """The line of progress, now and then; the command that resumes, at a stop."""
-        now = time.monotonic()
-        if now - self.shown > (0.2 if sys.stdout.isatty() else 15) or step == self.args.steps or self.stop:
-            speed = (step - self.shown_step) / max(now - self.shown, 1e-9) * self.args.batch
-            left = (self.args.steps - step) * (now - self.begin) / (step - self.first)
+        now, last = time.monotonic(), step == self.args.steps or self.stop
+        if last or now - self.shown > (0.2 if sys.stdout.isatty() else 15):
+            pace = (now - self.begin) / (step - self.first)                             # seconds a step
             text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            print0(f'step {step:,}/{self.args.steps:,}  {text}  {speed:,.0f} img/s  {duration(left)} left',
-                   refresh=step < self.args.steps and not self.stop)
-            self.shown, self.shown_step = now, step
+            print0(f'step {step:,}/{self.args.steps:,}  {text}  {self.args.batch / max(pace, 1e-9):,.0f} img/s  '
+                   f'{duration((self.args.steps - step) * pace)} left', refresh=not last)
+            self.shown = now
         if self.stop and not self.args.benchmark:
             print0(f'stopping after step {step:,}; go on with: '
                    f'python {self.args.script}.py --resume --out {self.args.out}')
@@ -610,18 +563,6 @@ def after_step(args, step, log, evaluate, sample_fn, ema, **parts):
 CHECKPOINTS = 'checkpoint.pt', 'previous.pt', 'final.pt'        # where a run's weights are, the latest first
 
 
-def check_out(args):
-    """Refuses to write over a run unless asked to."""
-    out = Path(args.out)
-    if args.benchmark or args.resume or args.overwrite or args.use:
-        return
-    if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
-        raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
-                        '--out DIR goes elsewhere')
-    if out.exists() and not out.is_dir():
-        raise UserError(f'--out {out} is a file')
-
-
 def open_run(args, **parts):
     """Makes the run's folder with config.json; with --resume, brings back the state of `parts`. -> steps done"""
     out, step = Path(args.out), 0
@@ -635,13 +576,12 @@ def open_run(args, **parts):
     if args.benchmark:
         return args.pretrain_steps                              # tuning, not its start, is timed
     if rank() == 0:
-        config = json.dumps(config_of(args), indent=2).encode()
         with or_refuse(f'--out {out}'):
             (out / 'samples').mkdir(parents=True, exist_ok=True)
             for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
                 for path in out.glob(pattern):
                     path.unlink()
-        write_atomic(out / 'config.json', lambda file: file.write(config))
+        write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
     if dist.is_initialized():
         dist.barrier()
     return step
@@ -802,26 +742,25 @@ def save_curves(metrics, path):
 def save_plot(panels, path, x_name):
     """Curves, each averaged to at most 200 points, as a PNG: panels {title: {name of a curve: [(x, y), ...]}}."""
     sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
-    draw, inks = ImageDraw.Draw(sheet), ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8']
+    draw, inks = ImageDraw.Draw(sheet), ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8', '#888888']
 
-    def axis(values, much):
-        """-> values at 0, 1/2 and 1 of an axis, function from values to shares of it, a note if it is logarithmic"""
-        low, high = values.min(), values.max()
-        if low > 0 and high > much * low:
-            return np.geomspace(low, high, 3), lambda v: np.log(v / low) / np.log(high / low), ' (log scale)'
-        return np.linspace(low, high, 3), lambda v: (v - low) / (high - low or 1), ''
+    def axis(values, log):
+        """-> values at both ends of an axis, function from values to shares of it"""
+        ends = [values.min(), values.max()]
+        low, high = np.log(ends) if log else ends
+        return ends, lambda v: ((np.log(v) if log else v) - low) / (high - low or 1)
 
     for row, (title, curves) in enumerate(panels.items()):
         at = lambda x, y: (74 + 626 * x, 240 * row + 196 - 168 * y)         # shares of the axes -> pixels
         parts = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
         curves = {name: np.array([part.mean(0) for part in parts(points)]) for name, points in curves.items()}
         xs, ys = np.concatenate(list(curves.values())).T
-        x_ticks, x_share, _ = axis(xs, math.inf if x_name == 'step' else 1000)
-        y_ticks, y_share, note = axis(ys, 20)
+        log_y = ys.min() > 0 and ys.max() > 20 * ys.min()
+        (x_ends, x_share), (y_ends, y_share) = axis(xs, x_name == 'sigma'), axis(ys, log_y)
         draw.rectangle([at(0, 1), at(1, 0)], outline='#bbbbbb')
-        draw.text(at(0, 1.05), title + note, 'black', font, anchor='ls')
-        draw.text(at(0.5, -0.14), x_name, 'black', font, anchor='ma')
-        for share, x, y, anchor in zip((0, 0.5, 1), x_ticks, y_ticks, ('la', 'ma', 'ra')):
+        draw.text(at(0, 1.05), title + (' (log scale)' if log_y else ''), 'black', font, anchor='ls')
+        draw.text(at(0.5, -0.05), x_name, 'black', font, anchor='ma')
+        for share, x, y, anchor in zip((0, 1), x_ends, y_ends, ('la', 'ra')):
             draw.text(at(share, -0.05), f'{x:,.5g}', 'black', font, anchor=anchor)
             draw.text(at(-0.01, share), f'{y:.4g}', 'black', font, anchor='rm')
         for i, (name, curve) in enumerate(curves.items()):
@@ -853,27 +792,31 @@ def start(args):
     if args.dry_run:
         print0(json.dumps(config_of(args), indent=2))
         sys.exit()
-    env, cuda = os.environ, args.device != 'cpu' and torch.cuda.is_available()
+    env, out, cuda = os.environ, Path(args.out), args.device != 'cpu' and torch.cuda.is_available()
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
         env.setdefault('MASTER_ADDR', env.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
         env.setdefault('MASTER_PORT', '29500')
-    processes = world_size() if 'RANK' in env else args.gpus
+    launches = 'RANK' not in env and args.gpus > 1
+    processes = args.gpus if launches else world_size()
     if args.device == 'cuda' and not cuda:
         raise UserError('--device cuda: this machine has no GPU that torch can use')
     if args.batch % processes and not args.use:
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
-    if 'RANK' not in env and args.gpus > 1 and args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
+    if launches and args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
         raise UserError(f'--gpus {args.gpus}: this machine has {torch.cuda.device_count()} '
                         '(--device cpu runs that many processes without)')
-    if rank() == 0:
-        check_out(args)
-    if 'RANK' not in env and args.gpus > 1:
+    if rank() == 0 and not (args.benchmark or args.resume or args.overwrite or args.use):
+        if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
+            raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
+                            '--out DIR goes elsewhere')
+        if out.exists() and not out.is_dir():
+            raise UserError(f'--out {out} is a file')
+    if launches:
         sys.exit(_start_copies(args))
 
     if env.get('WATCH_STDIN'):      # the pipe to the process that started this one closes when that one dies
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    keep_freed_memory()
     device = torch.device('cpu')
     if cuda:        # under Slurm with one visible GPU a task, that one is number 0 whatever the local rank
         device = torch.device('cuda', int(env.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
@@ -887,14 +830,6 @@ def start(args):
     return device
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed memory: on a CPU, faulting it in again and again is a third of some steps."""
-    with contextlib.suppress(OSError, AttributeError):          # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: take up to 1 GiB from the heap
-        libc.mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: never shrink the heap
-
-
 def _start_copies(args):
     """N processes of this command; the first that fails, or a signal to this process, ends them all. -> exit code"""
     command = [sys.executable, str(Path(__file__).resolve().parent / f'{args.script}.py'), *args.argv]
@@ -905,15 +840,13 @@ def _start_copies(args):
                                    start_new_session=True) for i in range(args.gpus)]   # Ctrl-C reaches them from here
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: [copy.send_signal(number) for copy in copies])
-        try:
-            codes = [None]
-            while None in codes and not any(codes):
-                time.sleep(0.05)
-                codes = [copy.poll() for copy in copies]
-        finally:
-            for copy in copies:
-                copy.kill()
-                copy.wait()
+        codes = [None]
+        while None in codes and not any(codes):
+            time.sleep(0.05)
+            codes = [copy.poll() for copy in copies]
+        for copy in copies:
+            copy.kill()
+            copy.wait()
     code, i = next(((code, i) for i, code in enumerate(codes) if code), (0, 0))
     if code < 0:
         print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. '
@@ -1142,35 +1075,27 @@ def run(main, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
-        code, message = 0, None
+        code = 0
     except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
         return stop.code or 0
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
-        if '--debug' in argv or not (known := explain(error)):
+        code, message = getattr(error, 'code', 1), str(error)
+        if isinstance(error, KeyboardInterrupt):
+            code, message = 130, 'interrupted'
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message.lower():
+            code, message = 2, 'out of memory: lower --batch, or split it with --microbatch'
+        elif dist.is_initialized() and any(word in message.lower() for word in ('connection', 'gloo', 'nccl', 'peer')):
+            code, message = 1, 'another process of this run has ended'
+        elif not isinstance(error, UserError):
             raise
-        code, message = known
-    if message:
-        if rank():
-            time.sleep(2)       # what is wrong for all processes is said by the first, which ends the others meanwhile
-        who = f'process {rank()}: ' if rank() else ''
-        print('\n' * _line_open + who + message, file=sys.stderr, flush=True)
+        if '--debug' in argv:
+            raise
+        time.sleep(2 * bool(rank()))    # what is wrong for all is said by the first, which ends the others meanwhile
+        print('\n' * _line_open + f'process {rank()}: ' * bool(rank()) + message, file=sys.stderr, flush=True)
     if dist.is_initialized() and os.environ.get('WATCH_STDIN'):     # a copy: gloo's threads may abort an orderly exit
         sys.stdout.flush()
         os._exit(code)
     return code
-
-
-def explain(error):
-    """-> exit code and line for an error that is not a fault of the program, else None"""
-    text = str(error)
-    if isinstance(error, UserError):
-        return error.code, text
-    if isinstance(error, KeyboardInterrupt):
-        return 130, 'interrupted'
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text.lower():    # the GPU's, the host's
-        return 2, 'out of memory: lower --batch, or split it with --microbatch'
-    if dist.is_initialized() and any(word in text.lower() for word in ('connection', 'gloo', 'nccl', 'peer')):
-        return 1, 'another process of this run has ended'
 
 
 _line_open = False          # whether the terminal's last line is a progress line that awaits being written over

@@ -210,8 +210,7 @@ def dataset_statistics(images, features, kind, home):
         dist.broadcast_object_list(found)           # one process decides for all whether there is anything to measure
     mu, cov, n = found[0] or measure(len(images), lambda first, n: images[first:first + n], features)
     if cache and not found[0]:
-        with common.or_go_on(cache):
-            common.write_atomic(cache, lambda file: np.savez(file, mu=mu, sigma=cov, n=n))
+        common.write_atomic(cache, lambda file: np.savez(file, mu=mu, sigma=cov, n=n))
     return mu, cov, n
 
 
@@ -282,7 +281,9 @@ def read_pictures(path, resolution=None):
 
 def main(argv=None):
     """The command; --help tells its flags."""
-    parser = common.Parser(prog='fid.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser('fid.py', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = common.refuse_flags
     add = parser.add_argument
     add('images', metavar='IMAGES', help="folder or zip; CIFAR-10's folder or archive (training set) or a .bin file")
     add('--against', required=True, metavar='IMAGES|STATS.npz', help='the same, or statistics (mu and sigma)')
@@ -294,7 +295,6 @@ def main(argv=None):
     add('--resolution', type=common.number(int, 4, 1024), metavar='N', help='crop and resize pictures to this')
     add('--debug', action='store_true', help='show tracebacks')
     args = parser.parse_args(argv)
-    common.keep_freed_memory()
     images = read_pictures(args.images, args.resolution)[:args.num]
     features, kind = load_features(args, 'cuda' if torch.cuda.is_available() else 'cpu')
     if args.against.endswith('.npz'):

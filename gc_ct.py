@@ -426,8 +426,9 @@ def add_flags(add, number):
     add('--ema-every', type=number(int, 1), metavar='N', help='steps between updates of the moving average')
 
 
-def check_flags(args):
-    """Refuses flags that do not go together, and fills in what follows from others."""
+def main(argv):
+    """`python gc_ct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
+    args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, '--schedule ect --mu 0.3', argv, switch='schedule')
     if args.s1 < args.s0:
         raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
     if args.schedule == 'ect' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
@@ -436,12 +437,6 @@ def check_flags(args):
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.dropout is None:
         args.dropout = 0.0 if args.coupling == 'gc' else args.dropout_ic
-
-
-def main(argv):
-    """`python gc_ct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
-    args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, '--schedule ect --mu 0.3', argv, switch='schedule')
-    check_flags(args)
     if not args.use:
         return train(args)
     device = common.start(args)

@@ -7,9 +7,9 @@ asking that two points of one path agree, while the levels t > r of the two draw
     x_t = x0 + t eps,   x_r = x0 + r eps,   eps ~ N(0, I),   ln t ~ N(P_mean, P_std²)
     loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   w = 1 / (t - r) or EDM's,   and f(x, 0) = x
 
-The step from x_t to x_r follows -eps, a one-sample estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t. It is
-right on average, and its variance makes training slow and unstable. SCT takes the average over references
-x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1; the estimator of Xu et al. 2023, arXiv 2302.00670):
+The step from x_t to x_r follows -eps, a one-sample estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t, right on
+average, whose variance makes training slow and unstable. SCT takes the average over references x^(i) ~ p(x0 | y), x0
+among them, instead (Sec. 4.1; the estimator of Xu et al. 2023, arXiv 2302.00670):
 
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat        and the target is x0_hat where r = 0
@@ -21,27 +21,23 @@ guides the last (`--keep-ema`, `--guide`).
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
-    python sct.py --sample runs/sct-shapes --nfe 2                # a grid of images; --evaluate: FID
-    python sct.py --analyse runs/sct-shapes                       # variance of the target and of the gradient
+    python sct.py --sample runs/sct-shapes --nfe 2                # or --evaluate (FID), --analyse (variances)
 
-Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`# [n]` in the code):
- [1] References are the whole training set (`all`), hence its exact score, where the data fit in memory: the best of
-     the paper's Fig. 4. `batch` is the global minibatch, over all processes; of N, as many are drawn anew in each step.
- [2] With labels an image's references are of its own class. A batch of many classes may leave it alone (ImageNet,
-     batch 128: 88 % of the samples), and ECT is what remains: N is of each class.
+Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`[n]` in the code):
+ [1] References: `all`, the training set and hence its exact score (the best of the paper's Fig. 4); `batch`, the global
+     minibatch of all processes; or N, drawn anew in each step.
+ [2] With labels an image's references are of its own class, N of each. In a batch of many classes it may be alone
+     (ImageNet, batch 128: 88 % of the samples), which is ECT.
  [3] `--schedule smooth` lets ECT's stage grow continuously, to one beyond ECT's last: our reading of "smoother".
- [4] `--weighting t`, 1 / t, does not grow as the gap shrinks: our reading of "a smooth weighting function", of which
-     reviewers of the paper speak. The default is ECT's.
- [5] Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points that two predictions reach at the lower edge s of
-     t's phase, x_s = f + s (x_t - f) / t, and r never falls below s: our reading, after Phased Consistency Models
-     (Wang et al. 2024, arXiv 2405.18407). Edge-skipping lands at eta times an edge.
+ [4] `--weighting t`, 1 / t, does not grow as the gap shrinks: our reading of the paper's "smooth weighting function".
+ [5] Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points x_s = f + s (x_t - f) / t that two predictions
+     reach at the lower edge s of t's phase, and r >= s: our reading, after Wang et al. 2024 (arXiv 2405.18407).
  [6] `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels, weight and ramp of
-     the average, regressed to the posterior mean as well, and with the mean over pixels for a loss.
+     the average (without it, part of that average is random), and regressed to the posterior mean, too.
  [7] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003).
  [8] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
  [9] CIFAR-10: 400,000 steps are the longer run of ECT's table; its published script ends after 200,000. ImageNet-64:
-     fp32 and one average, of width 0.10; ECT trains in TF32 and keeps four side by side.
-[10] FID is of equal shares of all classes; ECT draws labels of training images.
+     fp32 and one average, of width 0.10; ECT: TF32 and four. FID of equal shares of all classes; ECT: random labels.
 """
 import argparse
 import copy
@@ -60,7 +56,7 @@ from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
-ECT = dict(                     # ECT's settings for CIFAR-10 (its Tab. 5), which SCT keeps
+ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None, flip=False,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation
     q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
@@ -160,8 +156,8 @@ def f(net, x, t, y=None, m=0.0):
 def posterior_mean(x_t, t, refs, allowed=None):
     """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,); refs (N, C, H, W) in [-1, 1]; allowed (B, N) bool: who may refer to whom, None for all.
-    -> (B, C, H, W). One reference gives itself back: ECT.
+    x_t (B, C, H, W), t (B,); refs (N, C, H, W); allowed (B, N) bool, or None for all -> (B, C, H, W). One reference
+    gives itself back: ECT.
     """
     x, x0 = x_t.flatten(1), refs.flatten(1)                                         # (B, D), (N, D)
     with common.true_float32():
@@ -177,8 +173,8 @@ CHUNK = 2 ** 23         # how many numbers of the data are float32 at a time: 32
 def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
     """`posterior_mean` over all training images of each sample's class. x_t (B, C, H, W), t (B,) -> (B, C, H, W)
 
-    own (B,): the samples' indices within data; members: of `class_members`; flip: mirror images are data, too. Pieces
-    add up by a running maximum and sum (the log-sum-exp of flash attention), so that memory is that of one.
+    own (B,): the samples' indices within data; members: `class_members`; flip: mirror images are data, too. Pieces add
+    up by a running maximum and sum (as in flash attention), so that memory is that of one.
     """
     x, t, labels = x_t.flatten(1), t[:, None], data.labels[own]                             # (B, D), (B, 1), (B,)
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
@@ -188,8 +184,7 @@ def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
         for refs in [images, images.flip(3)] if flip else [images]:
             x0 = refs.flatten(1)                                                            # (n, D)
             with common.true_float32():
-                logits = (x @ x0.T - x0.square().sum(1) / 2) / t ** 2
-                logits = logits.masked_fill(~allowed, -torch.inf)
+                logits = ((x @ x0.T - x0.square().sum(1) / 2) / t ** 2).masked_fill(~allowed, -torch.inf)
                 new_top = torch.maximum(top, logits.amax(1, keepdim=True))
                 weights, shrink = (logits - new_top).exp(), (top - new_top).exp()           # (B, n), (B, 1)
                 total = total * shrink + weights.sum(1, keepdim=True)
@@ -198,16 +193,20 @@ def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
     return (mean / total).view_as(x_t)
 
 
-def class_members(data):
+def class_members(data, ref_size='all'):
     """The indices of each class's images, of all if there are no labels; made once. -> tuple of (n,) int64"""
-    return data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
+    members = data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
+    fewest = min(len(part) for part in members if len(part))
+    if ref_size.isdigit() and int(ref_size) > fewest:
+        common.print0(f'--ref-size {ref_size}: some class has but {fewest} images, which are all used')
+    return members
 
 
 def draw_references(n, own, data, members, *key):
-    """n images of each class in the batch, or as many as it has, drawn anew for each `key`: an estimate of p(x0 | y).
+    """n images of each class in the batch, or all that it has, drawn anew for each `key`. Without a wait for the device.
 
     own (B,): the samples' indices within data. -> indices (M,) within data, allowed (B, M) bool: the n of the sample's
-    class, but without its own image, which the caller adds, or else without the last. All on the host.
+    class, but without its own image, which the caller adds, or else without the last.
     """
     found = data.labels[own].unique().tolist()
     drawn = [members[c][random.Random(common.key(*key, c)).sample(range(len(members[c])), min(n, len(members[c])))]
@@ -219,10 +218,7 @@ def draw_references(n, own, data, members, *key):
 
 
 def estimate_x0(args, step, data, members, index, x_all, x_t, t):
-    """x0_hat by --ref-size, of this process's x_t (b, C, H, W), t (b,). -> (b, C, H, W)
-
-    index (B,) within data and x_all (B, C, H, W) are of the global batch.
-    """
+    """x0_hat by --ref-size. index (B,), x_all (B, C, H, W): the global batch; x_t, t: this process's part -> like x_t"""
     mine = common.rank_slice(args.batch)
     x0, own = x_all[mine], index[mine]
     if args.ref_size == '1':
@@ -243,14 +239,13 @@ def estimate_x0(args, step, data, members, index, x_all, x_t, t):
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
 def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, weighting='gap', edges=(0.0, SIGMA_MAX)):
-    """Consistency loss of each sample (ECT Eq. 12, with the target of SCT). -> (B,)
+    """Consistency loss of each sample: ECT's, with the target of SCT. -> (B,)
 
     x_t, x_r (B, C, H, W), t, r (B,); teacher: the same weights, no gradient. With phases, between `edges`, the
     points that both predict for the lower edge s of t's phase are compared; where r = s that of the teacher is x_r.
     `seed` is the dropout's: both drop the same units, so that their difference is not that of two masks.
     """
-    r4, t4 = r[:, None, None, None], t[:, None, None, None]
-    s4 = phase_floor(t, edges)[:, None, None, None]
+    t4, r4, s4 = (level[:, None, None, None] for level in (t, r, phase_floor(t, edges)))
     torch.manual_seed(seed)
     student = at_level(f(net, x_t, t, y), x_t, t4, s4)                                                          # [7]
     with torch.no_grad():                                               # stop-gradient
@@ -258,9 +253,7 @@ def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, weighting='ga
         target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
     distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
-    if weighting == 't':                                                                                        # [4]
-        return distance * (1 / t)
-    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+    return distance * (edm_weight(t) if weighting == 'edm' else 1 / t if weighting == 't' else 1 / (t - r))     # [4]
 
 
 def loss_settings(args):
@@ -269,7 +262,7 @@ def loss_settings(args):
 
 
 def at_level(x0_hat, x_t, t, s):
-    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s [5]. (B, C, H, W), (B, 1, 1, 1)"""
+    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s [5]. -> like x_t"""
     return x0_hat + s * (x_t - x0_hat) / t
 
 
@@ -306,7 +299,7 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
         levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
     elif nfe == 2:
         levels[1] = config['t_mid']
-    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                 # [10]
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                  # [9]
         x = SIGMA_MAX * noise[0]
         for i, level in enumerate(levels):
             t = torch.full_like(x[:, 0, 0, 0], level)
@@ -328,16 +321,12 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 # 7. Training
 
 def ema_decay(args, step):
-    """Decay of the moving average after a step, counted from 0.
-
-    While a diffusion model is trained, EDM's ramp: a half-life of 5 % of the images so far, or the average would start
-    with the random weights. Then `--ema`, or with a relative width the power function's (EDM2 App. C). [6]
-    """
-    if step < args.pretrain_steps:
+    """Decay of the moving average after a step, counted from 0: --ema, or the power function's of --ema-std."""
+    if step < args.pretrain_steps:              # EDM's ramp [6]: a half-life of 5 % of the images so far
         return min(args.ema, 0.5 ** (20 / (step + 1)))
     if args.ema_std is None:
         return args.ema
-    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()
+    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()               # EDM2 App. C
     return (1 - 1 / (step - args.pretrain_steps + 1)) ** (gamma + 1)
 
 
@@ -353,7 +342,7 @@ def train(args):
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
-    members = class_members(data)
+    members = class_members(data, args.ref_size)
     sample_fn = functools.partial(sample, ema, labels=args.labels)
     evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
@@ -413,10 +402,8 @@ def train(args):
 # 8. The variance that SCT is about
 
 def analyse(args, model, device):
-    """Prints and draws, in `analyse.png`, by noise level and references, of 8 batches of 64 images:
-
-    the distance of the target from the exact one, mean square of x0_hat - E[x0 | x_t]; and the gradient's noise at the
-    last stage, |g1 - g2| of two batches over the norm of the mean gradient.
+    """By noise level and references, over 8 batches of 64: mean square of x0_hat - E[x0 | x_t], and the gradient's
+    noise at the last stage, |g1 - g2| of two batches over the norm of the mean. Printed, and drawn in `analyse.png`.
     """
     data, net = common.load_data(args, device), common.network(model.requires_grad_(True), args.precision)
     members, stage, params = class_members(data), args.stages - (args.schedule == 'ect'), list(model.parameters())
@@ -466,24 +453,6 @@ def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, '--ref-size all --phases 2 --eta 0.9', argv,
                              free='eta guide guidance keep_ema')
-    check_flags(args)
-    if not args.use:
-        return train(args)
-    device = common.start(args)
-    model, guide = load(args.use, device), load(args.guide, device) if args.guide else None
-    model.config['precision'] = args.precision
-    if guide and any(guide.config[key] != model.config[key] for key in ('label_dim', 'resolution', 'in_channels')):
-        raise common.UserError(f'--guide {args.guide}: of other classes or another size than {args.use}')
-    sample_fn = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
-    if args.analyse:
-        return analyse(args, model, device)
-    if args.sample:
-        return common.save_samples(args, sample_fn)
-    fid.evaluate(fid.prepare(args, device), args, sample_fn)
-
-
-def check_flags(args):
-    """Refuses flags that do not go together, and fills in what follows from others."""
     if not re.fullmatch('batch|all|[1-9][0-9]{0,5}', args.ref_size):
         raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number below a million')
     if (args.stages + 1) * np.log(args.q) > np.log(1e6):
@@ -497,6 +466,19 @@ def check_flags(args):
     args.nfe = args.nfe or [args.phases]
     if args.phases > 1 and args.nfe != [args.phases]:
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
+    if not args.use:
+        return train(args)
+    device = common.start(args)
+    model, guide = load(args.use, device), load(args.guide, device) if args.guide else None
+    model.config['precision'] = args.precision
+    if guide and any(guide.config[key] != model.config[key] for key in ('label_dim', 'resolution', 'in_channels')):
+        raise common.UserError(f'--guide {args.guide}: of other classes or another size than {args.use}')
+    sample_fn = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
+    if args.analyse:
+        return analyse(args, model, device)
+    if args.sample:
+        return common.save_samples(args, sample_fn)
+    fid.evaluate(fid.prepare(args, device), args, sample_fn)
 
 
 if __name__ == '__main__':

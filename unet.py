@@ -82,15 +82,6 @@ def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-def drop(x, p, training):
-    """F.dropout; on a CPU, whose generator is serial, from 16 random bits a number: saves a twentieth of a step."""
-    if not training or not p or x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()]
-    kept = (bits >= round(p * 2 ** 16) - 2 ** 15).as_strided(x.size(), x.stride())          # in the layout of x
-    return x * (kept / (1 - p)).to(x.dtype)
-
-
 class UNetBlock(nn.Module):
     """Residual block with time embedding, optional resampling, and optional single-head self-attention.
 
@@ -116,7 +107,7 @@ class UNetBlock(nn.Module):
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
         h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
-        h = drop(F.silu(self.norm1(h)), self.dropout, self.training)
+        h = F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)
         x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is None:
             return x
@@ -338,7 +329,7 @@ class MPBlock(nn.Module):
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         h = self.conv_res0(mp_silu(x))
         h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
-        h = self.conv_res1(drop(h, self.dropout, self.training))
+        h = self.conv_res1(F.dropout(h, self.dropout, self.training))
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:
             B, C, H, W = x.shape

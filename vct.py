@@ -80,7 +80,7 @@ IMAGENET = dict(                # EDM2-S
     arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
     attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
     optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [9]
-PRESETS = {
+PRESETS = {                     # by data set and base
     ('shapes', 'ict'): ICT | SHAPES | dict(s1=80),
     ('shapes', 'ecm'): ECM | SHAPES | dict(beta=1.0, stages=3, pretrain_steps=600),
     ('fmnist', 'ict'): ICT | FMNIST | dict(dropout=0.3),
@@ -94,8 +94,8 @@ PRESETS = {
         beta=90.0, P_mean=-0.8, P_std=1.6, stages=4, c=0.06, weighting='edm', checkpoint=URLS['imagenet64']),
     ('folder', 'ict'): ICT | dict(resolution=None, dropout=0.3, batch=512),                             # your pictures
     ('folder', 'ecm'): ECM | dict(resolution=None)}
-for name, base in dict(shapes='ecm', fmnist='ict', cifar10='ict', ffhq64='ecm', imagenet64='ecm', folder='ict').items():
-    PRESETS[name] = PRESETS[name, base]                         # the usual base of a data set
+PRESETS |= {name: PRESETS[name, 'ict'] for name in ('fmnist', 'cifar10', 'folder')}             # the usual bases
+PRESETS |= {name: PRESETS[name, 'ecm'] for name in ('shapes', 'ffhq64', 'imagenet64')}
 
 
 # 2. Noise levels: the pair t > r of a sample
@@ -215,7 +215,7 @@ def kl_divergence(mu, std):
 
 
 def emit(encoder, x0, n, y=None):
-    """eps = mu + std n (reparameterisation; the paper's Sec. 4), n ~ N(0, I) like x0, and its KL divergence (B,).
+    """eps = mu + std n (reparameterisation), n ~ N(0, I) like x0, and its KL divergence (B,).
 
     Without an encoder eps is n.
     """
@@ -333,16 +333,12 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 # 7. Training
 
 def ema_decay(args, step):
-    """Decay of the moving average after a step, counted from 0.
-
-    While a diffusion model is trained, EDM's ramp: a half-life of 5 % of the images so far, or the average would start
-    with the random weights. Then `--ema`, or with a relative width the power function's (EDM2 App. C). [4]
-    """
-    if step < args.pretrain_steps:
+    """Decay of the moving average after a step, counted from 0: --ema, or the power function's of --ema-std."""
+    if step < args.pretrain_steps:              # EDM's ramp [4]: a half-life of 5 % of the images so far
         return min(args.ema, 0.5 ** (20 / (step + 1)))
     if args.ema_std is None:
         return args.ema
-    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()
+    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()               # EDM2 App. C
     return (1 - 1 / (step - args.pretrain_steps + 1)) ** (gamma + 1)
 
 
@@ -476,8 +472,9 @@ def add_flags(add, number):
     add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
 
 
-def check_flags(args):
-    """Refuses flags that do not go together, and fills in what follows from others."""
+def main(argv):
+    """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
+    args = common.parse_args('vct', __doc__, PRESETS, add_flags, '--base ecm --beta 10', argv, switch='base')
     if args.s1 < args.s0:
         raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
     if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
@@ -486,12 +483,6 @@ def check_flags(args):
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.clip is None:
         args.clip = 200.0 if args.coupling == 'vc' else 0.0
-
-
-def main(argv):
-    """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
-    args = common.parse_args('vct', __doc__, PRESETS, add_flags, '--base ecm --beta 10', argv, switch='base')
-    check_flags(args)
     if not args.use:
         return train(args)
     device = common.start(args)
