@@ -41,7 +41,7 @@ def functions(module):
             if inspect.isroutine(inspect.unwrap(value)) and inspect.getmodule(inspect.unwrap(value)) is module}
 
 
-@pytest.mark.parametrize('a, b', itertools.combinations(MODULES, 2))
+@pytest.mark.parametrize('a, b', list(itertools.combinations(MODULES, 2)))
 def test_functions_of_one_name_are_letter_by_letter_the_same(a, b):
     """In any two scripts, but for those that are what the papers differ in."""
     ours, theirs = functions(MODULES[a]), functions(MODULES[b])
@@ -241,3 +241,182 @@ def test_training_approaches_the_exact_consistency_function(module, numbers, set
     with torch.no_grad():
         error = (module.f(net, x, t, m=m, **kind) - x / deviation).square().mean().sqrt()
     assert error < 0.05, error
+
+
+# What a run trains on
+
+def patch_presets(monkeypatch, module, **settings):
+    """Sets what has no flag, in the presets of the built-in data set."""
+    for key, preset in list(module.PRESETS.items()):
+        if 'shapes' in (key, key[0]):
+            monkeypatch.setitem(module.PRESETS, key, preset | settings)
+
+
+@pytest.mark.parametrize('name, flags', [
+    ('sct', '--schedule ect'), ('sct', '--schedule smooth'), ('sct', '--schedule smooth --phases 3'),
+    ('gc_ct', '--schedule ict'), ('gc_ct', '--schedule ect'),
+    ('vct', '--base ict'), ('vct', '--base ecm'), ('vct', '--base ecm --kernel li')])
+def test_the_levels_and_settings_that_a_run_trains_with(name, flags, few_shapes, spy, monkeypatch):
+    """After a step of pretraining; the settings are none of the defaults."""
+    script = Script(name)
+    module, tunes = script.module, 'ict' not in flags
+    own = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=4.0, c=0.03)
+    patch_presets(monkeypatch, module, **own | ({} if name == 'gc_ct' else dict(weighting='edm')))
+    calls = spy(module, 'loss')
+    sizes = [] if name == 'sct' else ['--s0', 4, '--s1', 16]
+    assert script.train('--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--stages', 3, *sizes, *flags.split()) == 0
+    assert len(calls) == 4
+    for done, call in enumerate(calls):
+        if tunes:
+            t = (-0.5 + 4 * common.randn((64,), 0, done + 1, 'level')).exp()
+            t = t.clamp(max=80) if 'li' in flags.split() else t
+            stage = done / 4 * 3 if 'smooth' in flags else [0, 0, 1, 2][done]
+            r = (t * (1 - (1 + 4 * torch.sigmoid(-2 * t)) / 3 ** (stage + 1))).clamp(min=0)
+            if 'phases' in flags:
+                low, middle, _ = module.rho_levels(3)[1:]
+                r = r.maximum(torch.where(t > middle, middle, torch.where(t > low, low, 0.0)))
+                assert ((r == middle) | (r == low)).any()
+        else:
+            sigmas = torch.tensor(module.rho_levels([4, 8, 16, 16][done]))
+            p = module.pair_probabilities(sigmas, -0.5, 4.0).cumsum(0)
+            i = torch.searchsorted(p, common.rand((64,), 0, done + 1, 'level').double(), right=True)
+            t, r = sigmas[i + 1], sigmas[i]
+        torch.testing.assert_close(call.t, t)
+        torch.testing.assert_close(call.r, r)
+        assert call.c == pytest.approx(0.03 if tunes else 0.03 * math.sqrt(3 * 8 * 8))
+        assert name == 'gc_ct' or call.weighting == 'edm'
+        assert name == 'sct' or call.m == (0.0 if tunes else 0.002)
+    logged = [line['consistency' if name == 'vct' else 'loss'] for line in lines(script.out) if 'loss' in line]
+    close(logged[1:], [call.result.mean().item() for call in calls])
+
+
+@pytest.mark.parametrize('name, flags', [('sct', '--ref-size 1'), ('gc_ct', '--coupling gc'), ('gc_ct', '--coupling ot'),
+                                         ('vct', '--coupling vc'), ('vct', '--coupling ot --kernel li')])
+def test_pretraining_has_edms_levels_and_independent_pairs(name, flags, few_shapes, spy):
+    pytest.importorskip('scipy') if 'ot' in flags else None
+    script = Script(name)
+    calls = spy(script.module, 'denoising_loss')
+    assert script.train(*TUNING[name], *flags.split(), '--steps', 3, '--pretrain-steps', 3, '--seed', 5) == 0
+    for step, call in enumerate(calls):
+        x0, y, eps = draws(step, seed=5)
+        t = (-1.2 + 1.2 * common.randn((8,), 5, step, 'level')).exp()
+        torch.testing.assert_close(call.t, t)
+        share = wide(1 - t / 80) if 'li' in flags else 1
+        torch.testing.assert_close(call.x_t, share * x0 + wide(t) * eps)
+        assert torch.equal(call[0][3], x0) and torch.equal(call.y, y)
+    assert len(calls) == 3 and (script.out / 'final.pt').exists()
+
+
+@pytest.mark.parametrize('name', ['gc_ct', 'vct'])
+def test_transport_moves_labels_with_their_images(name, few_shapes, spy):
+    pytest.importorskip('scipy')
+    script = Script(name)
+    calls = spy(script.module, 'loss')
+    assert script.train('--batch', 32, '--steps', 1, '--coupling', 'ot') == 0
+    x0, y, eps = draws(0, 32)
+    call, = calls
+    moved = call.x_t - wide(call.t) * eps
+    order = torch.cdist(moved.flatten(1), x0.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(32)) and order.tolist() != list(range(32))
+    torch.testing.assert_close(moved, x0[order], rtol=0, atol=1e-4)
+    torch.testing.assert_close(call.x_r, x0[order] + wide(call.r) * eps)
+    assert torch.equal(call.y, y[order]) and (x0[order] - eps).square().sum() < (x0 - eps).square().sum()
+
+
+def test_labels_reach_every_network(script, spy):
+    """Denoiser, student, teacher, endpoint and encoder in training; whatever samples."""
+    calls = spy(unet.SongUNet, 'forward')
+    gc = ['--mu', 1] if script.name == 'gc_ct' else []
+    assert script.train(*TUNING[script.name], '--steps', 2, '--pretrain-steps', 1, *gc) == 0
+    asked = [call.class_labels for call in calls if len(call.x) == 8]
+    first, second = (torch.nn.functional.one_hot(draws(step)[1], 10).float() for step in (0, 1))
+    pretraining = dict(sct=1, gc_ct=1, vct=2)[script.name]              # an encoder is asked in both
+    assert len(asked) == pretraining + dict(sct=2, gc_ct=3, vct=3)[script.name]
+    assert all(torch.equal(y, first if i < pretraining else second) for i, y in enumerate(asked))
+    calls.clear()
+    script.module.sample(script.module.load(script.out), 4, nfe=2, labels=[7, 2])
+    assert [call.class_labels.argmax(1).tolist() for call in calls] == [[7, 2, 7, 2]] * (2 + (script.name == 'vct'))
+
+
+@pytest.mark.parametrize('name, flags', [(name, flags) for name, ways in {
+    'sct': ['--no-cond', '--ref-size all', '--ref-size 5 --flip', '--ref-size 1 --dropout 0.2', '--pretrain-steps 1',
+            '--precision bf16', '--phases 3 --eta 0.9', '--arch edm2 --dropout 0.1 --ema-std 0.1 --lr-decay 2'],
+    'gc_ct': ['--no-cond', '--coupling ic', '--coupling ot', '--endpoint online', '--schedule ect --pretrain-steps 1',
+              '--mults 1,1,2 --dropout 0.2,0,0 --blocks 1,2,1', '--schedule ect --coupling ic --precision bf16'],
+    'vct': ['--no-cond', '--pretrain-steps 1', '--encoder big --dropout 0.2', '--arch edm2',
+            '--huber vector --precision bf16 --microbatch 3', *(
+                f'--base {base} --kernel {kernel} --coupling {coupling}' for base in ('ict', 'ecm')
+                for kernel in ('ve', 'li') for coupling in ('independent', 'ot', 'vc'))]}.items() for flags in ways])
+def test_every_way_to_train_and_sample(name, flags, few_shapes):
+    pytest.importorskip('scipy') if 'ot' in flags else None
+    script = Script(name)
+    assert script.train('--steps', 2, '--sample-every', 2, '--eval-every', 2, '--fid-num', 10, *flags.split()) == 0
+    *steps, judged = lines(script.out)
+    assert [line['step'] for line in steps] == [1, 2] and any('pixel-FD' in name for name in judged)
+    assert all(math.isfinite(value) for line in steps for value in line.values())
+    encoder = name == 'vct' and 'independent' not in flags and 'ot' not in flags
+    assert any(key.startswith('encoder.') for key in weights(script.out)) == encoder
+    assert name != 'vct' or all((line['kl'] > 0) == encoder for line in steps)
+    model = script.module.load(script.out / 'final.pt')
+    images = script.module.sample(model, 4, nfe=3)
+    assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and not model.training
+
+
+# Sampling, loading, where training starts
+
+def test_sampling_goes_down_the_levels_with_fresh_noise(script):
+    """One step, two with the level of the settings in between, three by rho 7; VCT's encoder is tested with VCT."""
+    assert script.train('--steps', 1, *['--coupling', 'independent'] * (script.name == 'vct')) == 0
+    module, model = script.module, script.module.load(script.out)
+    net, y = common.network(model, 'fp32'), torch.arange(12) % 10
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    levels = {1: [80], 2: [80, 0.821], 3: [(low + i / 3 * (high - low)) ** 7 for i in (3, 2, 1)]}
+    for nfe, sigmas in levels.items():
+        x = 0
+        for i, sigma in enumerate(sigmas):
+            x = x + sigma * common.randn((12, 3, 8, 8), 3, i, 'sample')
+            x = module.f(net, x, torch.full((12,), float(sigma)), y, 0.002)
+        torch.testing.assert_close(module.sample(model, 12, nfe, seed=3), x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_start_is_for_the_published_network(script, capsys):
+    for flags, init in [([], unet.URLS['cifar10']), (['--width', 16], 'none'), (['--cond'], 'none'),
+                        (['--pretrain-steps', 10], 'none'), (['--init', 'none'], 'none')]:
+        assert script.run('--dataset', 'cifar10', *TUNING[script.name], *flags, '--dry-run') == 0
+        assert f'"init": "{init}"' in capsys.readouterr().out
+
+
+def test_training_starts_from_the_networks_of_another_run(script, refused):
+    """Of all but the encoder, which starts anew."""
+    assert script.train('--steps', 2, '--lr', 0.01) == 0
+    init = ['--init', script.out / 'final.pt']
+    assert script.train('--steps', 2, '--lr', 0, *init, '--out', 'again') == 0
+    start, again = ({name: value for name, value in weights(out).items() if not name.startswith('encoder.')}
+                    for out in (script.out, 'again'))
+    assert same(start, again)
+    refused(script.module, [*script.small, '--width', 16, *init, '--out', 'x'], 'final.pt does not fit', '16', '8')
+    assert not Path('x').exists()
+
+
+@pytest.mark.parametrize('network, layer', [(unet.SongUNet, 'map_layer1'), (unet.EDM2UNet, 'emb_noise')])
+def test_noise_levels_are_float32_in_16_bit_networks(network, layer):
+    """Neighbouring levels t and r differ as they do in float32: their embedding is not rounded to 16 bits."""
+    torch.manual_seed(0)
+    model, outs = network(8, 3, 3, model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[]).eval(), []
+    getattr(model, layer).register_forward_hook(lambda module, x, out: outs.append(out.float()))
+    t = torch.tensor([1.0, 1.0 - 1 / 256])
+    for precision in ('fp32', 'bf16'):
+        common.network(model, precision)(torch.zeros(2, 3, 8, 8), t.log() / 4)
+    assert torch.equal(*outs) and not torch.equal(*outs[0])
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize('name', ['sct', 'gc_ct'])
+def test_cifar10_trains_and_scores(name, real, few_shapes, capsys):
+    data, script = real('cifar-10-batches-bin').parent, Script(name)
+    cifar = ['--dataset', 'cifar10', '--data-dir', data, '--init', 'none']
+    size = ['--ref-size', 100] if name == 'sct' else []
+    assert script.run(*cifar, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 4, *size) == 0
+    flags = ['--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels']
+    assert script.run('--evaluate', f'runs/{name}-cifar10', *flags) == 0
+    assert 'against the 50,000 training images' in capsys.readouterr().out
