@@ -72,8 +72,8 @@ ICT = VCT | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)   # c ti
 ECM = VCT | dict(base='ecm', beta=10.0, huber='vector', c=0.0)
 SHAPES = dict(                  # built in; ours, sized for two CPU cores
     resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True, batch=32,
-    encoder_width=16, steps=1600, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
-    eval_every=1600, fid_features='pixels', fid_num=2000)
+    encoder_width=16, steps=2400, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
+    eval_every=2400, fid_features='pixels', fid_num=2000)
 FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
 FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
 IMAGENET = dict(                # EDM2-S
@@ -82,7 +82,7 @@ IMAGENET = dict(                # EDM2-S
     optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [9]
 PRESETS = {                     # by data set and base
     ('shapes', 'ict'): ICT | SHAPES | dict(s1=80),
-    ('shapes', 'ecm'): ECM | SHAPES | dict(beta=1.0, stages=3, pretrain_steps=600),
+    ('shapes', 'ecm'): ECM | SHAPES | dict(beta=3.0, stages=4, pretrain_steps=300),
     ('fmnist', 'ict'): ICT | FMNIST | dict(dropout=0.3),
     ('fmnist', 'ecm'): ECM | FMNIST,                                                                            # ours
     ('cifar10', 'ict'): ICT | dict(resolution=32, flip=True, dropout=0.3, batch=512),
