@@ -176,6 +176,7 @@ def spy(monkeypatch):
     def watch(owner, name):
         function, calls = getattr(owner, name), []
 
+        @functools.wraps(function)                              # so that a spy can be spied on
         def call(*args, **kwargs):
             bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()

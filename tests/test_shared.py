@@ -213,7 +213,7 @@ def test_training_approaches_the_exact_consistency_function(module, numbers, set
     preset = module.PRESETS['cifar10', settings['base']] if module is vct else module.PRESETS['cifar10']
     args = argparse.Namespace(**preset | settings | dict(
         P_mean=0.5, s1=160, schedule=dict(sct='ect', gc_ct='ict', vct=None)[module.__name__], seed=0, pretrain_steps=0,
-        steps=int(__import__("os").environ.get("STEPS", 2000)), batch=512 if numbers == 1 else 128, in_channels=1, resolution=1))
+        steps=int(__import__("os").environ.get("STEPS", 2000)), batch=512 if numbers == 1 else 128, in_channels=numbers, resolution=1))
     m = 0.002 if module is gc_ct else 0.0
     optimizer = torch.optim.Adam(layers.parameters(), lr=3e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.steps)
