@@ -14,37 +14,33 @@ probability mu a sample's image is replaced by the end of the path that the mode
 
     x_hat = stopgrad f_EMA(x0 + r eps, r),         x_t = x_hat + t eps,   x_r = x_hat + r eps
 
-and the loss is the same. By the paper such pairs lie nearer to each other, and their direction nearer to the ODE's,
-which `--analyse` measures. `--coupling ot` pairs images and noise within each batch at the least total distance instead
-(Pooladian et al. 2023, arXiv 2304.14772).
+and the loss is the same. By the paper such pairs lie nearer to each other, and their direction nearer to the ODE's, as
+`--analyse` measures.
 
     python gc_ct.py                                               # ten shapes, some five minutes on two CPU cores
     python gc_ct.py --dataset cifar10 --gpus 8                    # the paper's setting
     python gc_ct.py --dataset cifar10 --schedule ect --gpus 8     # the same coupling on Easy Consistency Tuning
-    python gc_ct.py --sample runs/gc_ct-shapes --nfe 2            # a grid of images; --evaluate: FID
-    python gc_ct.py --analyse runs/gc_ct-shapes                   # transport cost and regulariser of the couplings
+    python gc_ct.py --sample runs/gc_ct-shapes --nfe 2            # or --evaluate (FID), --analyse (the couplings)
 
-Where the paper leaves a choice, and where we deviate from it or its published code (`# [n]` in the code):
- [1] `--mu` is the share of generated endpoints (published code: of the others), made for those samples alone.
- [2] `--coupling ot` assigns within the global minibatch whatever the labels: a class's noise is not quite N(0, I).
- [3] Dropout is 0 with generated endpoints; without, as in the published baselines.
- [4] With `--schedule ect` the optimiser is ECT's RAdam, the boundary m = 0 in training (a diffusion model is a valid
-     start), and sigma_min in sampling.
- [5] The average is updated every 5 steps, its decay rising to `--ema`: 0.9999 is reached after a million steps only.
-     On ImageNet-32 it runs from the first step (published code: from step 10,000).
- [6] `--cond` (labels for network and endpoints) is ours; the paper is unconditional.
- [7] The regulariser in `--analyse` has the ODE's exact direction over the training set (50,000 images at most).
- [8] `--pretrain-steps` trains the diffusion model that tuning starts from, with the mean over pixels for a loss.
- [9] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
-[10] FID is of the last average, clipped and rounded; the published one is the best of the run, of samples stretched
-     batch by batch to their own range. Data: the whole of CelebA's folder; ImageNet-32 by Lanczos, not bilinear.
+Where the paper leaves a choice, and where we deviate from it or its published code (`[n]` in the code):
+[1] `--mu` is the share of generated endpoints (published code: of the others), made for those samples alone.
+[2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
+    least total distance, whatever the labels: a class's noise is not quite N(0, I).
+[3] Dropout is 0 with generated endpoints; without, as in the published baselines. `--cond` (labels) is ours.
+[4] `--schedule ect` is Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), from a diffusion model, which
+    `--pretrain-steps` trains (the loss a mean over pixels): RAdam; the boundary m = 0, but sigma_min in sampling.
+[5] The average is updated every 5 steps, its decay rising to `--ema`: 0.9999 is reached after a million steps only.
+    On ImageNet-32 it runs from the first step (published code: from step 10,000).
+[6] The regulariser in `--analyse` has the ODE's exact direction over the training set (50,000 images at most).
+[7] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. FID is of the last
+    average, clipped and rounded; the published: best of the run, samples stretched batch by batch to their own range.
+[8] Data: the whole of CelebA's folder (published: its train split); ImageNet-32 by Lanczos, not bilinear.
 """
 import copy
 import functools
 import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import torch
 
@@ -55,14 +51,14 @@ from unet import URLS, initial_network, make_network
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
 ICT = dict(                     # iCT's settings, which GC keeps
-    arch='songunet', attn_resolutions=[], dropout_res=None, checkpoint=None, lr_decay=None, flip=False,
-    dropout=None, dropout_ic=0.3,   # None: 0 with generated endpoints, dropout_ic without                          [3]
+    arch='songunet', attn_resolutions=[], cond=False, flip=False, checkpoint=None, pretrain_steps=0,               # [3]
+    dropout=None, dropout_ic=0.3, dropout_res=None,         # None: 0 with generated endpoints, dropout_ic without  [3]
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation, at the discrete levels
     s0=10, s1=1280,             # there are s0 pairs of levels at first and s1 in the end
     c=0.00054,                  # distance sqrt(|u|² + c² D) - c sqrt(D), for images of D numbers
     schedule='ict', coupling='gc', mu=0.5, endpoint='ema',
-    t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='Lion', betas=(0.9, 0.99), lr=1e-4, ema=0.9999, ema_every=5, pretrain_steps=0, cond=False, nfe=[1],
+    t_mid=0.821, nfe=[1],       # noise level of the second step when sampling with two
+    optimizer='Lion', betas=(0.9, 0.99), lr=1e-4, lr_decay=None, ema=0.9999, ema_every=5, batch=512, steps=100_000,
     save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 ECT = dict(                     # Easy Consistency Tuning, from EDM's DDPM++                                        [4]
     schedule='ect', q=2.0, k=8.0, b=1.0, stages=8, c=0.0, mu=0.3, optimizer='RAdam', betas=(0.9, 0.999))
@@ -71,15 +67,15 @@ PRESETS = {
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, dropout=0.0, cond=True,
         batch=32, steps=2500, s1=40, mu=0.3, optimizer='Adam', betas=(0.9, 0.999), lr=1e-3, lr_decay=100, ema=0.998,
         ema_every=1, save_every=500, sample_every=200, eval_every=2500, fid_features='pixels', fid_num=2000),
-    'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3, batch=512, steps=100_000),
-    'imagenet32': ICT | dict(
+    'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3),
+    'imagenet32': ICT | dict(   #                                                                                   [8]
         resolution=32, width=128, mults=[1, 1, 2], blocks=[3, 5, 7], attn_resolutions=[16], dropout_ic=[0, 0.2, 0.2],
-        batch=512, steps=150_000, lr=8e-5),
-    'celeba64': ICT | dict(
+        steps=150_000, lr=8e-5),
+    'celeba64': ICT | dict(     #                                                                                   [8]
         resolution=64, width=128, mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], dropout_ic=[0, 0, 0.2, 0.2],
         batch=128, steps=150_000, lr=8e-5)}
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, batch=128)                               # ours
-PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                  # your pictures
+PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None)                                          # your pictures
 PRESETS |= {(name, 'ect'): PRESETS[name] | ECT for name in ('imagenet32', 'celeba64', 'fmnist')}
 PRESETS['shapes', 'ect'] = PRESETS['shapes'] | ECT | dict(optimizer='Adam', pretrain_steps=300, stages=3)
 PRESETS['cifar10', 'ect'] = PRESETS['cifar10'] | ECT | dict(
@@ -112,10 +108,7 @@ def level_table(n, P_mean, P_std, device='cpu'):
 
 
 def pair_probabilities(sigmas, P_mean, P_std):
-    """How often each pair of neighbours among n levels is trained on: ln sigma ~ N(P_mean, P_std²) (iCT Sec. 3.5).
-
-    (n,) -> (n - 1,) float64
-    """
+    """How often each pair of neighbours is trained on: ln sigma ~ N(P_mean, P_std²) (iCT Sec. 3.5). (n,) -> (n - 1,)"""
     cdf = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     return cdf.diff() / (cdf[-1] - cdf[0])
 
@@ -156,13 +149,10 @@ def level_pairs(args, step, device):
     return t, lower_level(t, stage_at(done, steps, args.stages), args.q, args.k, args.b)
 
 
-# 3. Model
+# 3. Model: the consistency function f
 
 def f(net, x, t, y=None, m=0.0):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
-
-    net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
-    """
+    """c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), which is x at t = m. x (B, C, H, W), t, y (B,) -> like x"""
     t4 = t[:, None, None, None]                                         # to go with images
     c_skip = SIGMA_DATA ** 2 / ((t4 - m) ** 2 + SIGMA_DATA ** 2)
     c_out = SIGMA_DATA * (t4 - m) / (SIGMA_DATA ** 2 + t4 ** 2).sqrt()
@@ -176,8 +166,7 @@ def f(net, x, t, y=None, m=0.0):
 def generator_coupling(net, x0, eps, r, y, chosen, m=0.0):
     """x_hat = stopgrad f(x0 + r eps, r) where `chosen`, else x0 (the paper's Alg. 1). At r = m = 0 both are the same.
 
-    net: the endpoint network; x0, eps (B, C, H, W); r (B,), the lower level of each pair; chosen (B,) bool, on the
-    host: no wait for the device. -> (B, C, H, W)
+    x0, eps (B, C, H, W), r, y (B,); chosen (B,) bool, on the host: no wait for the device. -> like x0
     """
     i = chosen.nonzero()[:, 0]                                                                                  # [1]
     n = len(i)
@@ -192,10 +181,7 @@ def generator_coupling(net, x0, eps, r, y, chosen, m=0.0):
 
 
 def optimal_transport(x0, eps):
-    """The order of images x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [2].
-
-    -> (B,) int64. Needs SciPy.
-    """
+    """The order (B,) of x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [2]."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
@@ -207,15 +193,16 @@ def optimal_transport(x0, eps):
 
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
-def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, m=0.0):
-    """Consistency loss of each sample (iCT Eq. 7; with ECT r may be 0 = m). -> (B,)
+def edm_weight(t):
+    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Tab. 1). (B,) -> (B,)"""
+    return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
-    x_t, x_r (B, C, H, W), t, r (B,); teacher: the same weights, no gradient. `seed` is the dropout's: both drop the
-    same units, so that their difference is not that of two masks.
-    """
-    torch.manual_seed(seed)
+
+def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, m=0.0):
+    """Consistency loss of each sample (iCT Eq. 7; with ECT r may be 0 = m). x_t, x_r (B, C, H, W), t, r (B,) -> (B,)"""
+    torch.manual_seed(seed)                                             # dropout: the same units in both
     student = f(net, x_t, t, y, m)
-    with torch.no_grad():                                               # stop-gradient
+    with torch.no_grad():                                               # stop-gradient: a teacher of the same weights
         torch.manual_seed(seed)
         target = f(teacher or net, x_r, r, y, m)
     norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
@@ -231,30 +218,24 @@ def loss_settings(args):
 
 
 def denoising_loss(net, x_t, t, x0, y=None, seed=0):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels [8]. -> (B,)"""
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels [4]. -> (B,)"""
     torch.manual_seed(seed)
     return edm_weight(t) * (f(net, x_t, t, y) - x0).square().flatten(1).mean(1)
-
-
-def edm_weight(t):
-    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Tab. 1). (B,) -> (B,)"""
-    return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | None = None, seed: int = 0,
-           first: int = 0) -> torch.Tensor:
+def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1).
     """
     net, images = common.network(model, model.config['precision']), []
-    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [9]
+    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [7]
     if nfe == 2:
         levels[1] = model.config['t_mid']
-    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                 # [10]
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                  # [7]
         x0_hat = 0.0
         for level, z in zip(levels, noise):
             x0_hat = f(net, x0_hat + level * z, torch.full_like(z[:, 0, 0, 0], level), y, SIGMA_MIN)
@@ -262,7 +243,7 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
     return torch.cat(images)
 
 
-def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Module:
+def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     return common.load_network(path, make_network, device)
 
@@ -300,17 +281,15 @@ def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
-    fid_reference = fid.prepare(args, device, data)                     # fail before training, not after
-
     net = initial_network(args, device, tunes=args.schedule == 'ect')
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    sample_fn = functools.partial(sample, ema, labels=args.labels)
+    evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = getattr(torch.optim, args.optimizer, Lion)(net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     endpoint = common.network(ema if args.endpoint == 'ema' else net, args.precision)
-    sample_fn = functools.partial(sample, ema, labels=args.labels)
-    evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
@@ -330,7 +309,6 @@ def train(args):
         t, r = (level[mine] for level in level_pairs(args, step, device))
         clock('data')
 
-        # Coupling of image and noise.
         if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, eps_all)
             x_all, y_all = x_all[order], y_all[order]                   # labels travel with their images
@@ -340,7 +318,6 @@ def train(args):
         t4, r4 = t[:, None, None, None], r[:, None, None, None]
         clock('coupling')
 
-        # Loss and gradient.
         total = torch.zeros((), device=device)
         for part, seed in common.microbatches(wrapped, args, step):
             torch.manual_seed(seed)                                     # the dropout of an online endpoint
@@ -354,7 +331,6 @@ def train(args):
             total += common.backward(value, len(x0), args.precision)
             clock('backward')
 
-        # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
@@ -372,22 +348,21 @@ def train(args):
 
 @torch.inference_mode()
 def diagnostics(net, x0, eps, y, images, labels, sigma, m=SIGMA_MIN, order=None):
-    """Of each coupling at the level sigma, means over the batch and an image's numbers. -> {name: (cost, proxy)}
+    """Of each coupling at level sigma, means over a batch and an image's numbers -> {name: (cost, regulariser)}
 
-    cost: |x - eps|² of the pairs (x, eps), the transport cost. proxy: |eps - v(x_t)|² at x_t = x + sigma eps, how far
-    the direction of training is from the ODE's, v = (x_t - E[x0 | x_t]) / sigma: the gap between consistency training
-    and distillation grows with it. The posterior is over `images` (N, C, H, W) [7]. order: of `optimal_transport`.
+    cost: |x - eps|² of the pairs (x, eps); regulariser: |eps - v|², where v = (x_t - E[x0 | x_t]) / sigma is the ODE's
+    direction at x_t = x + sigma eps, over `images` (N, C, H, W) of the same label [6]. order: of `optimal_transport`.
     """
     t, everyone = torch.full_like(x0[:, 0, 0, 0], sigma), torch.ones(len(x0), dtype=torch.bool)
     pairs = {'IC': (x0, y), 'GC': (generator_coupling(net, x0, eps, t, y, everyone, m), y)}
     if order is not None:
         pairs['OT'] = x0[order], y[order]
     flat, results = images.flatten(1), {}
-    for name, (x, y) in pairs.items():
+    for name, (x, classes) in pairs.items():
         x_t = x + sigma * eps
         with common.true_float32():
             logits = (x_t.flatten(1) @ flat.T - flat.square().sum(1) / 2) / sigma ** 2      # -|x_t - x0|² / (2 sigma²)
-            mean = logits.masked_fill(y[:, None] != labels, -torch.inf).softmax(1) @ flat   # E[x0 | x_t]
+            mean = logits.masked_fill(classes[:, None] != labels, -torch.inf).softmax(1) @ flat     # E[x0 | x_t]
         v = (x_t - mean.view_as(x)) / sigma
         results[name] = (x - eps).square().mean().item(), (eps - v).square().mean().item()
     return results
@@ -395,9 +370,10 @@ def diagnostics(net, x0, eps, y, images, labels, sigma, m=SIGMA_MIN, order=None)
 
 def analyse(args, model, device):
     """Prints both diagnostics by noise level, of 512 images, and draws them, in `analyse.png`. OT needs SciPy."""
-    data, net = common.load_data(args, device), common.network(model, args.precision)
+    data = common.load_data(args, device)
+    net = common.network(model, args.precision)
     images, labels = data.at(torch.arange(min(len(data.images), 50_000)), device)
-    panels = {title: {} for title in ('transport cost: mean square of x - eps', 'regulariser: mean square of eps - v')}
+    panels = {'transport cost: mean square of x - eps': {}, 'regulariser: mean square of eps - v': {}}
     for sigma in common.progress(rho_levels(12)[1:], 'noise levels'):
         found = []
         for j, index in enumerate(common.batch_indices(len(data.images), 512, 0, args.seed).split(64)):

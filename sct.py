@@ -2,50 +2,43 @@
 
 A consistency function f(x_t, t) maps a noisy image, at any noise level t, straight to the image at which the
 probability flow ODE through x_t ends. Easy Consistency Tuning (ECT, Geng et al. 2024, arXiv 2406.14548) trains it by
-asking that two points of one path agree, while the levels t > r of the two draw ever nearer:
+asking that two points of one path agree, while their levels t > r draw ever nearer:
 
     x_t = x0 + t eps,   x_r = x0 + r eps,   eps ~ N(0, I),   ln t ~ N(P_mean, P_std²)
     loss = w(t, r) d( f(x_t, t), stopgrad f(x_r, r) ),   w = 1 / (t - r) or EDM's,   and f(x, 0) = x
 
-The step from x_t to x_r follows -eps, a one-sample estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t, right on
-average, whose variance makes training slow and unstable. SCT takes the average over references x^(i) ~ p(x0 | y), x0
-among them, instead (Sec. 4.1; the estimator of Xu et al. 2023, arXiv 2302.00670):
+The step from x_t to x_r follows -eps, a noisy estimate of the ODE's direction -(x_t - E[x0 | x_t]) / t from one sample.
+SCT averages over references x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1; Xu et al. 2023, arXiv 2302.00670):
 
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat        and the target is x0_hat where r = 0
 
-Besides, the gap between t and r shrinks smoothly instead of in ECT's stages (`--schedule`); the noise levels may be cut
-into phases with a boundary condition each, for a model that samples in a few deterministic steps (`--phases`,
-`--edges`), which land just below an edge (edge-skipping, `--eta`); and an earlier average of the run, a weaker model,
-guides the last (`--keep-ema`, `--guide`).
+The gap between t and r shrinks smoothly (`--schedule`). The levels may be cut into phases, each with a boundary of its
+own, for a model that samples in as many deterministic steps (`--phases`, `--edges`), landing just below each edge
+(edge-skipping, `--eta`). An earlier average, a weaker model, guides the last (`--keep-ema`, `--guide`).
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
     python sct.py --sample runs/sct-shapes --nfe 2                # or --evaluate (FID), --analyse (variances)
 
 Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`[n]` in the code):
- [1] References: `all`, the training set and hence its exact score (the best of the paper's Fig. 4); `batch`, the global
-     minibatch of all processes; or N, drawn anew in each step.
- [2] With labels an image's references are of its own class, N of each. In a batch of many classes it may be alone
-     (ImageNet, batch 128: 88 % of the samples), which is ECT.
- [3] `--schedule smooth` lets ECT's stage grow continuously, to one beyond ECT's last: our reading of "smoother".
- [4] `--weighting t`, 1 / t, does not grow as the gap shrinks: our reading of the paper's "smooth weighting function".
- [5] Phases: edges at rho 7 (EDM Eq. 5); the loss compares the points x_s = f + s (x_t - f) / t that two predictions
-     reach at the lower edge s of t's phase, and r >= s: our reading, after Wang et al. 2024 (arXiv 2405.18407).
- [6] `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels, weight and ramp of
-     the average (without it, part of that average is random), and regressed to the posterior mean, too.
- [7] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003).
- [8] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
- [9] CIFAR-10: 400,000 steps are the longer run of ECT's table; its published script ends after 200,000. ImageNet-64:
-     fp32 and one average, of width 0.10; ECT: TF32 and four. FID of equal shares of all classes; ECT: random labels.
+[1] References: `all`, the training set (best in the paper's Fig. 4); `batch`, the global minibatch; or N, drawn anew in
+    each step. With labels, of the image's own class: in ImageNet's batches of 128, 88 % are alone, which is ECT.
+[2] Our readings: of "smoother", `--schedule smooth`: ECT's stage grows continuously, to one beyond its last; of
+    "smooth weighting function", `--weighting t`: 1 / t, which does not grow as the gap shrinks.
+[3] Phases, our reading, after Wang et al. 2024 (arXiv 2405.18407): edges at rho 7 (EDM Eq. 5); r >= s, the lower edge
+    of t's phase; the loss compares the points x_s = f + s (x_t - f) / t that two predictions reach there.
+[4] `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels, weight and ramp of
+    the average (without it, part of that is random), and regressed to the posterior mean, too.
+[5] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003,
+    ImageNet 0), which adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
+[6] CIFAR-10: 400,000 steps, ECT's longer run; its published script ends after 200,000. ImageNet-64: fp32 and one
+    average, of width 0.10; ECT: TF32 and four. FID of equal shares of all classes; ECT: random labels.
 """
-import argparse
 import copy
 import functools
 import random
-import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,23 +50,22 @@ from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
 ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
-    arch='songunet', dropout_res=None, checkpoint=None, lr_decay=None, ema_std=None, flip=False,
+    arch='songunet', dropout_res=None, cond=False, flip=False, checkpoint=None, pretrain_steps=0,
+    ref_size='all', phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation
-    q=2.0, k=8.0, b=1.0,        # the gap between t and r: see `lower_level`
-    stages=8, schedule='smooth',    # q^-1 ... q^-8 with ect, q^-1 to q^-9 with smooth: how the gap shrinks over the run
-    phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
+    q=2.0, k=8.0, b=1.0, stages=8, schedule='smooth',       # the gap between t and r: see `lower_level`, `stage_at`
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), 1 / t or EDM's lambda(t)
     t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='RAdam', betas=(0.9, 0.999), ema=0.9999, ref_size='all', pretrain_steps=0, cond=False,
+    optimizer='RAdam', betas=(0.9, 0.999), lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
     save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
         batch=32, steps=2400, pretrain_steps=300, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
         save_every=500, sample_every=200, eval_every=2400, fid_features='pixels', fid_num=2000),
-    'cifar10': ECT | dict(      # DDPM++                                                                            [9]
+    'cifar10': ECT | dict(      # DDPM++                                                                            [6]
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
-        checkpoint=URLS['cifar10'], batch=128, steps=400_000, lr=1e-4)}
+        checkpoint=URLS['cifar10'])}
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], checkpoint=None)  # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)                         # your pictures
 for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT's, on EDM2
@@ -81,7 +73,7 @@ for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), 
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
         attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint={'S': URLS['imagenet64']}.get(size),
         P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
-        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, ref_size='batch', batch=128, steps=100_000)
+        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, ref_size='batch', steps=100_000)
 
 
 # 2. Noise levels: the pair t > r of a sample
@@ -101,20 +93,18 @@ def upper_level(normal, P_mean, P_std):
 
 
 def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
-    """r < t of a pair, as in ECT: t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0. (B,) -> (B,)"""
+    """ECT's r < t of a pair: t (1 - n(t) / q^(stage + 1)), n(t) = 1 + k sigmoid(-b t), or 0. (B,) -> (B,)"""
     n = 1 + k * torch.sigmoid(-b * t)
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
 
 
 def stage_at(step, steps, stages, schedule='ect'):
-    """The stage that `lower_level` takes at a step of tuning: ECT's 0 ... stages - 1, or smoothly 0 to stages."""
-    if schedule == 'smooth':                                                                                    # [3]
-        return min(step / steps, 1) * stages
-    return min(step * stages // steps, stages - 1)
+    """The stage that `lower_level` takes at a step of tuning: ECT's 0 ... stages - 1, or smoothly 0 to stages [2]."""
+    return min(step / steps, 1) * stages if schedule == 'smooth' else min(step * stages // steps, stages - 1)
 
 
 def phase_edges(phases, edges=None):
-    """0 = s_0 < ... < s_M = sigma_max: by rho 7, or s_1 ... s_(M-1) as given in `edges` [5]. -> list of M + 1"""
+    """0 = s_0 < ... < s_M = sigma_max: by rho 7, or s_1 ... s_(M-1) as given in `edges` [3]. -> list of M + 1"""
     return [0.0, *(edges or rho_levels(phases)[1:phases]), SIGMA_MAX]
 
 
@@ -134,16 +124,14 @@ def level_pairs(args, step, device):
         return t, t
     t = upper_level(normal, args.P_mean, args.P_std)
     stage = stage_at(step - args.pretrain_steps, args.steps - args.pretrain_steps, args.stages, args.schedule)
-    return t, lower_level(t, stage, args.q, args.k, args.b).maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
+    r = lower_level(t, stage, args.q, args.k, args.b)
+    return t, r.maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
 
 
-# 3. Model
+# 3. Model: the consistency function f
 
 def f(net, x, t, y=None, m=0.0):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
-
-    net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
-    """
+    """c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), which is x at t = m. x (B, C, H, W), t, y (B,) -> like x"""
     t4 = t[:, None, None, None]                                         # to go with images
     c_skip = SIGMA_DATA ** 2 / ((t4 - m) ** 2 + SIGMA_DATA ** 2)
     c_out = SIGMA_DATA * (t4 - m) / (SIGMA_DATA ** 2 + t4 ** 2).sqrt()
@@ -156,8 +144,7 @@ def f(net, x, t, y=None, m=0.0):
 def posterior_mean(x_t, t, refs, allowed=None):
     """E[x0 | x_t] if x0 is one of the references (SCT Eq. 14): their mean, weights softmax -|x_t - x^(i)|² / (2 t²).
 
-    x_t (B, C, H, W), t (B,); refs (N, C, H, W); allowed (B, N) bool, or None for all -> (B, C, H, W). One reference
-    gives itself back: ECT.
+    x_t (B, C, H, W), t (B,); refs (N, C, H, W); allowed (B, N) bool, None: all -> like x_t. One reference: ECT.
     """
     x, x0 = x_t.flatten(1), refs.flatten(1)                                         # (B, D), (N, D)
     with common.true_float32():
@@ -171,10 +158,9 @@ CHUNK = 2 ** 23         # how many numbers of the data are float32 at a time: 32
 
 
 def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
-    """`posterior_mean` over all training images of each sample's class. x_t (B, C, H, W), t (B,) -> (B, C, H, W)
+    """`posterior_mean` over all training images of a sample's class, mirrored ones too if `flip`. -> like x_t
 
-    own (B,): the samples' indices within data; members: `class_members`; flip: mirror images are data, too. Pieces add
-    up by a running maximum and sum (as in flash attention), so that memory is that of one.
+    own (B,): the samples' indices in data; members: `class_members`. Added up piece by piece (as in flash attention).
     """
     x, t, labels = x_t.flatten(1), t[:, None], data.labels[own]                             # (B, D), (B, 1), (B,)
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
@@ -196,21 +182,20 @@ def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
 def class_members(data, ref_size='all'):
     """The indices of each class's images, of all if there are no labels; made once. -> tuple of (n,) int64"""
     members = data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
-    fewest = min(len(part) for part in members if len(part))
-    if ref_size.isdigit() and int(ref_size) > fewest:
-        common.print0(f'--ref-size {ref_size}: some class has but {fewest} images, which are all used')
+    if ref_size.isdigit() and int(ref_size) > min(len(part) for part in members if len(part)):
+        common.print0(f'--ref-size {ref_size}: some class has fewer images, which are all used')
     return members
 
 
 def draw_references(n, own, data, members, *key):
-    """n images of each class in the batch, or all that it has, drawn anew for each `key`. Without a wait for the device.
+    """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M).
 
-    own (B,): the samples' indices within data. -> indices (M,) within data, allowed (B, M) bool: the n of the sample's
-    class, but without its own image, which the caller adds, or else without the last.
+    Allowed are those of a sample's class without its own image, which the caller adds, or else without the last.
     """
-    found = data.labels[own].unique().tolist()
-    drawn = [members[c][random.Random(common.key(*key, c)).sample(range(len(members[c])), min(n, len(members[c])))]
-             for c in found]                                    # by class: any number of processes draws the same
+    drawn = []
+    for c in data.labels[own].unique().tolist():                # by class: any number of processes draws the same
+        size, rng = len(members[c]), random.Random(common.key(*key, c))
+        drawn.append(members[c][rng.sample(range(size), min(n, size))])
     index = torch.cat(drawn)
     last = torch.cat([torch.arange(len(part)) == len(part) - 1 for part in drawn])
     of_class, is_own = data.labels[own, None] == data.labels[index], own[:, None] == index
@@ -218,58 +203,29 @@ def draw_references(n, own, data, members, *key):
 
 
 def estimate_x0(args, step, data, members, index, x_all, x_t, t):
-    """x0_hat by --ref-size. index (B,), x_all (B, C, H, W): the global batch; x_t, t: this process's part -> like x_t"""
+    """x0_hat by --ref-size [1]. index (B,), x_all: the global batch; x_t, t: this process's part. -> like x_t"""
     mine = common.rank_slice(args.batch)
     x0, own = x_all[mine], index[mine]
     if args.ref_size == '1':
         return x0                                                       # ECT
-    if args.ref_size == 'all':                                                                                  # [1]
+    if args.ref_size == 'all':
         return posterior_mean_of_all(x_t, t, own, data, members, args.flip)
-    if args.ref_size == 'batch':
-        same_class = data.labels[own, None] == data.labels[index]                                               # [2]
-        return posterior_mean(x_t, t, x_all, same_class.to(x_t.device, non_blocking=True))
-    drawn, allowed = draw_references(int(args.ref_size), own, data, members, args.seed, step, 'refs')
-    refs = data.at(drawn, x_t.device)[0]
-    if args.flip:
-        refs = common.mirror(refs, args.seed, step, 'refs')
-    allowed = torch.cat([allowed, torch.eye(len(own), dtype=torch.bool)], 1)            # and each sample's own image
-    return posterior_mean(x_t, t, torch.cat([refs, x0]), allowed.to(x_t.device, non_blocking=True))
+    refs, allowed = x_all, data.labels[own, None] == data.labels[index]
+    if args.ref_size != 'batch':
+        drawn, allowed = draw_references(int(args.ref_size), own, data, members, args.seed, step, 'refs')
+        refs = data.at(drawn, x_t.device)[0]
+        if args.flip:
+            refs = common.mirror(refs, args.seed, step, 'refs')
+        refs = torch.cat([refs, x0])                                    # and each sample's own image
+        allowed = torch.cat([allowed, torch.eye(len(own), dtype=torch.bool)], 1)
+    return posterior_mean(x_t, t, refs, allowed.to(x_t.device, non_blocking=True))
 
 
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
-def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, weighting='gap', edges=(0.0, SIGMA_MAX)):
-    """Consistency loss of each sample: ECT's, with the target of SCT. -> (B,)
-
-    x_t, x_r (B, C, H, W), t, r (B,); teacher: the same weights, no gradient. With phases, between `edges`, the
-    points that both predict for the lower edge s of t's phase are compared; where r = s that of the teacher is x_r.
-    `seed` is the dropout's: both drop the same units, so that their difference is not that of two masks.
-    """
-    t4, r4, s4 = (level[:, None, None, None] for level in (t, r, phase_floor(t, edges)))
-    torch.manual_seed(seed)
-    student = at_level(f(net, x_t, t, y), x_t, t4, s4)                                                          # [7]
-    with torch.no_grad():                                               # stop-gradient
-        torch.manual_seed(seed)
-        target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
-    norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
-    distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
-    return distance * (edm_weight(t) if weighting == 'edm' else 1 / t if weighting == 't' else 1 / (t - r))     # [4]
-
-
-def loss_settings(args):
-    """What the flags say to `loss`."""
-    return dict(c=args.c, weighting=args.weighting, edges=phase_edges(args.phases, args.edges))
-
-
 def at_level(x0_hat, x_t, t, s):
-    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s [5]. -> like x_t"""
+    """Where the straight line from x_t at level t to x0_hat at level 0 is at level s [3]. -> like x_t"""
     return x0_hat + s * (x_t - x0_hat) / t
-
-
-def denoising_loss(net, x_t, t, x0_hat, y=None, seed=0):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels [6]. -> (B,)"""
-    torch.manual_seed(seed)
-    return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)
 
 
 def edm_weight(t):
@@ -277,43 +233,68 @@ def edm_weight(t):
     return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
+def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, weighting='gap', edges=(0.0, SIGMA_MAX)):
+    """Consistency loss of each sample: ECT's, with the target of SCT. x_t, x_r (B, C, H, W), t, r (B,) -> (B,)
+
+    Compared is what both predict for the lower edge s of t's phase (0 without phases); where r = s the target is x_r.
+    """
+    t4, r4, s4 = (level[:, None, None, None] for level in (t, r, phase_floor(t, edges)))
+    torch.manual_seed(seed)                                             # dropout: the same units in both
+    student = at_level(f(net, x_t, t, y), x_t, t4, s4)                                                          # [5]
+    with torch.no_grad():                                               # stop-gradient: a teacher of the same weights
+        torch.manual_seed(seed)
+        target = torch.where(r4 > s4, at_level(f(teacher or net, x_r, r, y), x_r, r4, s4), x_r)
+    norm = torch.linalg.vector_norm((student - target).flatten(1), dim=1)           # |u|; its gradient at 0 is 0
+    distance = (norm.square() + c ** 2).sqrt() - c if c else norm                   # pseudo-Huber (iCT Sec. 3.3)
+    return distance * {'gap': 1 / (t - r), 't': 1 / t, 'edm': edm_weight(t)}[weighting]                         # [2]
+
+
+def loss_settings(args):
+    """What the flags say to `loss`."""
+    return dict(c=args.c, weighting=args.weighting, edges=phase_edges(args.phases, args.edges))
+
+
+def denoising_loss(net, x_t, t, x0_hat, y=None, seed=0):
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels [4]. -> (B,)"""
+    torch.manual_seed(seed)
+    return edm_weight(t) * (f(net, x_t, t, y) - x0_hat).square().flatten(1).mean(1)
+
+
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | None = None, seed: int = 0,
-           guide: torch.nn.Module | None = None, guidance: float = 1.0, eta: float | None = None,
-           first: int = 0) -> torch.Tensor:
+def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=None, first=0):
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
-    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1). A
-    model of M phases takes M steps without fresh noise, from edge to edge, each landing at eta times the edge.
-    `guide`: a weaker model, evaluated as often, from which the prediction is pushed away: f_bad + guidance (f - f_bad).
+    One step: f(sigma_max z, sigma_max). Each further one adds fresh noise of a lower level and maps back (CM Alg. 1);
+    with phases it lands, without noise, at eta times an edge. guide: a weaker model: f_bad + guidance (f - f_bad).
     """
     config, images = model.config, []
     net, bad = (common.network(one, config['precision']) for one in (model, guide or model))
     edges = phase_edges(config['phases'], config['edges'])
-    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [8]
-    if len(edges) > 2:
-        if nfe != len(edges) - 1:
-            raise common.UserError(f'--nfe {nfe}: a model of {len(edges) - 1} phases takes as many evaluations')
+    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [5]
+    if config['phases'] > 1:
+        if nfe != config['phases']:
+            raise common.UserError(f'--nfe {nfe}: a model of {config["phases"]} phases takes as many evaluations')
         levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
     elif nfe == 2:
         levels[1] = config['t_mid']
-    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                  # [9]
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                  # [6]
         x = SIGMA_MAX * noise[0]
         for i, level in enumerate(levels):
             t = torch.full_like(x[:, 0, 0, 0], level)
             x0_hat = f(net, x, t, y, SIGMA_MIN)
             if guide is not None:
                 x0_hat = torch.lerp(f(bad, x, t, y, SIGMA_MIN), x0_hat, guidance)
-            if i + 1 < len(levels):
-                s = levels[i + 1]
-                x = at_level(x0_hat, x, level, s) if len(edges) > 2 else x0_hat + s * noise[i + 1]
+            if i + 1 < nfe and config['phases'] > 1:
+                x = at_level(x0_hat, x, level, levels[i + 1])
+            elif i + 1 < nfe:
+                x = x0_hat + levels[i + 1] * noise[i + 1]
         images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
 
 
-def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Module:
+def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     return common.load_network(path, make_network, device)
 
@@ -322,7 +303,7 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Modul
 
 def ema_decay(args, step):
     """Decay of the moving average after a step, counted from 0: --ema, or the power function's of --ema-std."""
-    if step < args.pretrain_steps:              # EDM's ramp [6]: a half-life of 5 % of the images so far
+    if step < args.pretrain_steps:              # EDM's ramp [4]: a half-life of 5 % of the images so far
         return min(args.ema, 0.5 ** (20 / (step + 1)))
     if args.ema_std is None:
         return args.ema
@@ -334,17 +315,15 @@ def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
-    fid_reference = fid.prepare(args, device, data)                     # fail before training, not after
-
     net = initial_network(args, device, tunes=True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    sample_fn = functools.partial(sample, ema, labels=args.labels)
+    evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     members = class_members(data, args.ref_size)
-    sample_fn = functools.partial(sample, ema, labels=args.labels)
-    evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
@@ -373,7 +352,6 @@ def train(args):
         x_r = x0_hat + r4 * eps_hat
         clock('target')
 
-        # Loss and gradient.
         total = torch.zeros((), device=device)
         for part, seed in common.microbatches(wrapped, args, step):
             if pretraining:
@@ -384,7 +362,6 @@ def train(args):
             total += common.backward(value, len(x0), args.precision)
             clock('backward')
 
-        # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
@@ -405,28 +382,31 @@ def analyse(args, model, device):
     """By noise level and references, over 8 batches of 64: mean square of x0_hat - E[x0 | x_t], and the gradient's
     noise at the last stage, |g1 - g2| of two batches over the norm of the mean. Printed, and drawn in `analyse.png`.
     """
-    data, net = common.load_data(args, device), common.network(model.requires_grad_(True), args.precision)
-    members, stage, params = class_members(data), args.stages - (args.schedule == 'ect'), list(model.parameters())
+    args.batch = 64
+    data = common.load_data(args, device)
+    members = class_members(data)
+    net = common.network(model.requires_grad_(True), args.precision)
     panels = {'target: mean square error': {}, 'gradient: noise over mean': {}}
     for level in common.progress(rho_levels(9)[2:], 'noise levels'):
         for size in ('1', 'batch', '256', 'all'):
-            settings, errors, gradients = argparse.Namespace(**vars(args) | dict(ref_size=size, batch=64)), [], []
+            args.ref_size = size
+            error, gradients = 0.0, []
             for j in range(8):
                 index = common.batch_indices(len(data.images), 64, j, args.seed)
                 x0, y = data.at(index, device)
                 t = torch.full_like(x0[:, 0, 0, 0], level)
-                r = lower_level(t, stage, args.q, args.k, args.b)
+                r = lower_level(t, stage_at(1, 1, args.stages, args.schedule), args.q, args.k, args.b)
                 x_t = x0 + level * common.randn(x0.shape, args.seed, j, 'analyse', device=device)
-                x0_hat = estimate_x0(settings, j, data, members, index, x0, x_t, t)
+                x0_hat = estimate_x0(args, j, data, members, index, x0, x_t, t)
                 exact = posterior_mean_of_all(x_t, t, index, data, members, args.flip)
-                errors.append((x0_hat - exact).square().mean().item())
+                error += (x0_hat - exact).square().mean().item() / 8
                 value = loss(net, x_t, t, at_level(x0_hat, x_t, level, r[0]), r, y, **loss_settings(args)).mean()
-                found = torch.autograd.grad(value, params, allow_unused=True)
-                gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
-            noise = torch.stack([(a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])]).mean()
-            results = np.mean(errors), (noise / torch.stack(gradients).mean(0).norm()).item()
-            for curves, result in zip(panels.values(), results):
-                curves.setdefault(size, []).append((level, result))
+                found = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
+                gradients.append(torch.cat([g.flatten() for g in found]))
+            noise = sum((a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])) / 4
+            noise = (noise / torch.stack(gradients).mean(0).norm()).item()
+            for curves, value in zip(panels.values(), (error, noise)):
+                curves.setdefault(size, []).append((level, value))
     common.show_panels(args, panels, 'sigma')
 
 
@@ -453,19 +433,17 @@ def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, '--ref-size all --phases 2 --eta 0.9', argv,
                              free='eta guide guidance keep_ema')
-    if not re.fullmatch('batch|all|[1-9][0-9]{0,5}', args.ref_size):
-        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number below a million')
+    args.nfe = args.nfe or [args.phases]
+    if not (args.ref_size in ('batch', 'all') or args.ref_size.isdecimal() and int(args.ref_size)):
+        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number')
     if (args.stages + 1) * np.log(args.q) > np.log(1e6):
         raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
-    if args.guide and not args.use:
-        raise common.UserError('--guide is for --sample and --evaluate')
-    if (args.guide is None) != (args.guidance is None):
-        raise common.UserError('--guide and --guidance go together: the weaker model, and how far to go from it')
-    args.nfe = args.nfe or [args.phases]
     if args.phases > 1 and args.nfe != [args.phases]:
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
+    if (args.guide is None) != (args.guidance is None) or args.guide and not args.use:
+        raise common.UserError('--guide is for --sample and --evaluate, with --guidance: how far to go from that model')
     if not args.use:
         return train(args)
     device = common.start(args)

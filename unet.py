@@ -1,22 +1,18 @@
 """U-Nets of the consistency-model papers, written from the papers, with the published checkpoints' parameter names.
 
-`SongUNet` is the DDPM++ / NCSN++ network of Song et al. 2021 (arXiv 2011.13456, App. H) in the form that Karras et al.
-2022 (arXiv 2206.00364, App. C and F.5) train it. `EDM2UNet` is the magnitude-preserving network of Karras et al. 2024
-(arXiv 2312.02696, config G). `load_pretrained` and `load_weights` bring published weights into either.
-
+`SongUNet` is the DDPM++ / NCSN++ network of Song et al. 2021 (arXiv 2011.13456, App. H) as Karras et al. 2022 train it
+(arXiv 2206.00364, App. C and F.5), `EDM2UNet` the magnitude-preserving one of Karras et al. 2024 (arXiv 2312.02696).
 To copy into your own project: the networks (sections 1 and 2) need nothing but torch, the rest also common.py.
 
     net = SongUNet(img_resolution=32, in_channels=3, out_channels=3, channel_mult=[2, 2, 2])     # DDPM++, CIFAR-10
+    load_weights(net, load_pretrained(path)[0], path)                                            # optional
     F = net(x, t.log() / 4)                                                                      # (B, 3, 32, 32)
-
-    state_dict, about = load_pretrained('edm-cifar10-32x32-uncond-vp.pkl')
-    load_weights(net, state_dict, 'edm-cifar10-32x32-uncond-vp.pkl')
 """
+import contextlib
 import io
 import math
 import pickle
 import pickletools
-import types
 import zipfile
 import zlib
 from collections import namedtuple
@@ -26,11 +22,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+with contextlib.suppress(ModuleNotFoundError):
+    import common           # for sections 3 and 4
+
 
 # 1. DDPM++ and NCSN++
 
 class Linear(nn.Linear):
-    """(B, in_features) -> (B, out_features), Xavier-uniform weights and zero bias."""
+    """(B, in_features) -> (B, out_features), in float32: 16 bits cannot tell levels t and r apart that are near."""
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias)
@@ -39,38 +38,34 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # only the time embedding passes here: 16 bits cannot
-            return super().forward(x.float())                   # tell levels t and r apart that are near each other
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class Conv2d(nn.Module):
-    """A convolution, after resampling by 2 with a small FIR filter if `up` or `down` is set.
+    """(B, in_channels, H, W) -> (B, out_channels, H', W'); `up` and `down` resample by 2 with a small FIR filter."""
 
-    x (B, in_channels, H, W) -> (B, out_channels, H', W'), H' = 2H (up), H/2 (down) or H.
-    """
-
-    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1),
-                 fused=False,       # down only: convolve first and filter after, in one padding (NCSN++ input pyramid)
+    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), fused=False,
                  init_scale=1.0):   # multiplies the initial weights; 1e-5 makes the layer start near zero
         super().__init__()
         self.up, self.down, self.fused, self.filter_pad = up, down, fused, (len(resample_filter) - 1) // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.xavier_uniform_(self.weight, gain=init_scale)    # its fans count the kernel's taps
+        nn.init.xavier_uniform_(self.weight, gain=init_scale)
         if up or down:
-            taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+            taps = torch.tensor(resample_filter, dtype=torch.float32)
             taps = taps.outer(taps)[None, None]                                               # (1, 1, len, len)
             self.register_buffer('resample_filter', taps / taps.sum())
 
     def resample(self, x, padding):
-        """Depthwise FIR filter with stride 2, down or (transposed, gain 4 to make up for the inserted zeros) up."""
         taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        convolve, taps = (F.conv_transpose2d, 4 * taps) if self.up else (F.conv2d, taps)
-        return convolve(x, taps, stride=2, padding=padding, groups=x.shape[1])
+        if self.up:                                     # 4 makes up for the zeros that go between the pixels
+            return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=x.shape[1])
+        return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
     def forward(self, x):
         weight, bias, pad = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[-1] // 2
-        if self.fused:
+        if self.fused:                                  # all padding comes first
             return self.resample(F.conv2d(x, weight, padding=pad + self.filter_pad), 0) + bias[:, None, None]
         if self.up or self.down:
             x = self.resample(x, self.filter_pad)
@@ -83,24 +78,20 @@ def group_norm(channels):
 
 
 class UNetBlock(nn.Module):
-    """Residual block with time embedding, optional resampling, and optional single-head self-attention.
-
-    x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
-    """
+    """Residual block: x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
 
     def __init__(self, emb_channels, resample_filter, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
-        self.dropout = dropout
-        resampling = dict(up=up, down=down, resample_filter=resample_filter)
+        self.dropout, self.attention = dropout, attention
         self.norm0 = group_norm(in_channels)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up, down, resample_filter)
         self.affine = Linear(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init_scale=1e-5)
-        changes = in_channels != out_channels or up or down
-        self.skip = Conv2d(in_channels, out_channels, 1, **resampling) if changes else None
-        self.norm2 = group_norm(out_channels) if attention else None
+        same = in_channels == out_channels and not up and not down
+        self.skip = nn.Identity() if same else Conv2d(in_channels, out_channels, 1, up, down, resample_filter)
         if attention:
+            self.norm2 = group_norm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_scale=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, init_scale=1e-5)
 
@@ -108,16 +99,13 @@ class UNetBlock(nn.Module):
         h = self.conv0(F.silu(self.norm0(x)))
         h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
         h = F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)
-        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
-        if self.norm2 is None:
-            return x
-
-        # The 3C output channels of `qkv` are q, k, v interleaved: channel 3i + j is component i of the j-th of them.
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).permute(2, 0, 3, 1)[:, :, None]  # each (B, 1, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)                                        # softmax(q k / sqrt(C)) v
-        h = h[:, 0].transpose(1, 2).reshape(B, C, H, W)
-        return (x + self.proj(h)) * math.sqrt(0.5)
+        x = (self.conv1(h) + self.skip(x)) * math.sqrt(0.5)
+        if self.attention:
+            qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))     # (B, 1, C, 3, HW): interleaved
+            q, k, v = qkv.permute(3, 0, 1, 4, 2)                                              # each (B, 1, HW, C)
+            h = F.scaled_dot_product_attention(q, k, v)                                    # softmax(q k / sqrt(C)) v
+            x = (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * math.sqrt(0.5)
+        return x
 
 
 class TimeEmbedding(nn.Module):
@@ -129,77 +117,58 @@ class TimeEmbedding(nn.Module):
         self.register_buffer('freqs', 16 * torch.randn(self.half) if fourier else None)
 
     def forward(self, t):
-        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        freqs = (1 / 10000) ** (i / (self.half - 1)) if self.freqs is None else 2 * math.pi * self.freqs
-        arg = t.float()[:, None] * freqs
+        i = torch.arange(self.half, device=t.device) / (self.half - 1)                                  # 0 to 1
+        arg = t.float()[:, None] * ((1 / 10000) ** i if self.freqs is None else 2 * math.pi * self.freqs)
         return torch.cat([arg.sin(), arg.cos()], dim=1)
 
 
 def u_shape(img_resolution, channels, widths, num_blocks, attn_resolutions, dropout, last_attends):
-    """The blocks of a U-Net in order: (`enc` or `dec`, resolution, name, arguments that both kinds of block take).
-
-    The first block has `channels` in; those of the decoder also take the encoder's outputs, in reverse order. Attention
-    is at the bottom and at attn_resolutions; there, if `last_attends`, only the last block of the decoder has it.
-    """
-    levels, skips, plan = len(widths), [channels], []
-    if img_resolution % 2 ** (levels - 1):
-        raise ValueError(f'img_resolution {img_resolution} cannot be halved {levels - 1} times')
+    """The blocks of a U-Net in order: (`enc` or `dec`, resolution, name, arguments that both kinds of block take)."""
+    levels = len(widths)
     num_blocks, dropout = [value if isinstance(value, (list, tuple)) else [value] * levels
                            for value in (num_blocks, dropout)]
-    if not len(num_blocks) == len(dropout) == levels:
-        raise ValueError(f'num_blocks {num_blocks} and dropout {dropout} must be one number, or one each of {levels}')
-    for level, width in enumerate(widths):
-        for kind in ['down'] * (level > 0) + [f'block{i}' for i in range(num_blocks[level])]:
-            plan.append(('enc', level, kind, channels, channels if kind == 'down' else width))
-            channels = plan[-1][-1]
-            skips.append(channels)
-    for level, width in reversed(list(enumerate(widths))):
-        for kind in ['up'] if level < levels - 1 else ['in0', 'in1']:
-            plan.append(('dec', level, kind, channels, channels))
-        for i in range(num_blocks[level] + 1):
-            plan.append(('dec', level, f'block{i}', channels + skips.pop(), width))
-            channels = width
-
-    for part, level, kind, in_channels, out_channels in plan:
+    if img_resolution % 2 ** (levels - 1) or not len(num_blocks) == len(dropout) == levels:
+        raise ValueError(f'{img_resolution=}, {num_blocks=} or {dropout=} does not go with {levels} resolutions')
+    enc, dec, skips = [], [], [channels]
+    for level, n in enumerate(num_blocks):
+        enc += [('enc', level, kind) for kind in ('down', *[f'block{i}' for i in range(n)])]
+        dec = [('dec', level, kind) for kind in ('up', *[f'block{i}' for i in range(n + 1)])] + dec
+    bottom = [('dec', levels - 1, 'in0'), ('dec', levels - 1, 'in1')]
+    for part, level, kind in enc[1:] + bottom + dec[1:]:        # no `down` to the first level, no `up` to the last
         res = img_resolution >> level
-        attends = part == 'enc' or not last_attends or kind == f'block{num_blocks[level]}'
+        out_channels = widths[level] if 'block' in kind else channels
+        if part == 'dec' and 'block' in kind:                   # takes one of the encoder's outputs, the latest first
+            channels += skips.pop()
+        attends = part == 'enc' or not last_attends or kind == f'block{num_blocks[level]}'      # the decoder's last
         yield part, res, f'{res}x{res}_{kind}', dict(
-            in_channels=in_channels, out_channels=out_channels, up=kind == 'up', down=kind == 'down',
+            in_channels=channels, out_channels=out_channels, up=kind == 'up', down=kind == 'down',
             attention=kind == 'in0' or 'block' in kind and res in attn_resolutions and attends, dropout=dropout[level])
+        channels = out_channels
+        if part == 'enc':
+            skips.append(channels)
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (`standard` encoder, `positional` embedding) or NCSN++ (`residual`, `fourier`) U-Net.
-
-    forward(x, noise_labels, class_labels=None, augment_labels=None) -> (B, out_channels, H, W)
-        x (B, in_channels, H, W), H = W = img_resolution; noise_labels (B,) = ln(t) / 4; class_labels (B, label_dim)
-        one-hot, or None for no class; augment_labels (B, augment_dim) or None.
-    """
+    """DDPM++ (the default) or NCSN++: x (B, in_channels, H, W), noise_labels (B,) = ln(t) / 4 -> (B, out, H, W)."""
 
     def __init__(self,
                  img_resolution,                # height and width of the images
                  in_channels, out_channels,     # colour channels in and out
-                 label_dim=0,                   # number of classes, 0 = unconditional
-                 augment_dim=0,                 # size of the augmentation label, 0 = none
+                 label_dim=0, augment_dim=0,    # widths of the labels for classes (one-hot) and augmentation
                  model_channels=128,            # width at channel_mult 1
                  channel_mult=(1, 2, 2, 2),     # width of each resolution, finest first, in model_channels
                  num_blocks=4,                  # residual blocks per resolution: one number, or one each
                  attn_resolutions=(16,),        # resolutions with self-attention (the bottom of the U has one always)
                  dropout=0.1,                   # dropout within the blocks: one number, or one each resolution
-                 embedding_type='positional',   # 'positional' (DDPM++) or 'fourier' (NCSN++)
-                 channel_mult_noise=1,          # width of the time embedding: 1 (DDPM++) or 2 (NCSN++)
-                 encoder_type='standard',       # 'standard' (DDPM++) or 'residual' (NCSN++: input pyramid)
-                 decoder_type='standard',       # the only one that the papers' checkpoints use
-                 resample_filter=(1, 1)):       # (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
+                 embedding_type='positional', channel_mult_noise=1,         # NCSN++: 'fourier', 2
+                 encoder_type='standard', decoder_type='standard',          # NCSN++: 'residual' (an input pyramid)
+                 resample_filter=(1, 1)):                                   # NCSN++: (1, 3, 3, 1)
         super().__init__()
-        for name, value, known in [('embedding_type', embedding_type, 'positional fourier'),
-                                   ('encoder_type', encoder_type, 'standard residual'),
-                                   ('decoder_type', decoder_type, 'standard')]:
-            if value not in known.split():
-                raise ValueError(f'{name} is {value!r}, not {known.replace(" ", " or ")}')
+        if (embedding_type not in ('positional', 'fourier') or encoder_type not in ('standard', 'residual')
+                or decoder_type != 'standard'):
+            raise ValueError(f'unknown {embedding_type=}, {encoder_type=} or {decoder_type=}')
         widths = [model_channels * mult for mult in channel_mult]
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
-
         noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * 4
         self.map_noise = TimeEmbedding(noise_channels, fourier=embedding_type == 'fourier')
         self.map_label = Linear(label_dim, noise_channels) if label_dim else None
@@ -269,14 +238,12 @@ def mp_cat(a, b):
 
 
 class MPConv(nn.Module):
-    """Convolution, or without `kernel` a linear layer, whose weights have unit magnitude for each output (Eq. 47).
-
-    x (B, in_channels[, H, W]) -> (B, out_channels[, H, W]), times `gain`.
-    """
+    """Convolution, or without `kernel` a linear layer, whose weights have unit magnitude for each output (Eq. 47)."""
 
     def __init__(self, in_channels, out_channels, kernel=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel, kernel][:2 * bool(kernel)]))
+        taps = (kernel, kernel) if kernel else ()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *taps))
 
     def forward(self, x, gain=1.0):
         dims = tuple(range(1, self.weight.ndim))
@@ -303,16 +270,12 @@ class MPFourier(nn.Module):
 
 
 class MPBlock(nn.Module):
-    """Residual block of EDM2 (Fig. 21): `encoder` blocks normalise each pixel first, decoder blocks do not.
+    """Residual block (Fig. 21): x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
 
-    x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
-    """
-
-    def __init__(self, emb_channels, channels_per_head, encoder,
-                 in_channels, out_channels, up, down, attention, dropout):
+    def __init__(self, emb_channels, per_head, encoder, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
         self.encoder, self.up, self.down, self.dropout = encoder, up, down, dropout
-        self.heads = out_channels // channels_per_head if attention else 0
+        self.heads = out_channels // per_head if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels)
@@ -323,39 +286,35 @@ class MPBlock(nn.Module):
             self.attn_proj = MPConv(out_channels, out_channels, 1)
 
     def forward(self, x, emb):
-        x = F.avg_pool2d(x, 2) if self.down else F.interpolate(x, scale_factor=2) if self.up else x
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2)
         if self.encoder:
-            x = normalize(self.conv_skip(x), dim=1)
+            x = normalize(self.conv_skip(x), dim=1)                                                     # each pixel
         scale = self.emb_linear(emb, gain=self.emb_gain) + 1
         h = self.conv_res0(mp_silu(x))
         h = mp_silu(h * scale[:, :, None, None].to(h.dtype))
         h = self.conv_res1(F.dropout(h, self.dropout, self.training))
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:
-            B, C, H, W = x.shape
-            qkv = self.attn_qkv(x).reshape(B, self.heads, C // self.heads, 3, H * W)        # interleaved as in SongUNet
+            qkv = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3))           # (B, heads, C/heads, 3, HW)
             q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2)                       # each (B, heads, HW, C/heads)
-            h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
-            x = mp_sum(x, self.attn_proj(h), 0.3)
+            h = F.scaled_dot_product_attention(q, k, v)
+            x = mp_sum(x, self.attn_proj(h.transpose(2, 3).reshape(x.shape)), 0.3)
         return x.clamp(-256, 256)                                                           # fp16 ends at 65504
 
 
 class EDM2UNet(nn.Module):
-    """The magnitude-preserving U-Net of EDM2 (App. B).
-
-    forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W). What has the name of an argument of SongUNet
-    has its meaning; attention is in all blocks of a resolution that has it.
-    """
+    """The magnitude-preserving U-Net of EDM2 (App. B); arguments that SongUNet has mean the same here."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0,
-                 model_channels=192,            # EDM2_WIDTHS
-                 channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8),
-                 channels_per_head=64,          # width of an attention head, or a little more; a block with less has none
+                 model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(16, 8),  # EDM2_WIDTHS
+                 channels_per_head=64,                  # or a little more; a block with fewer channels has no attention
                  dropout=0.0, dropout_res=None):        # dropout is in resolutions up to dropout_res; None = in all
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]
         self.img_resolution, self.in_channels, self.label_dim = img_resolution, in_channels, label_dim
-
         self.emb_fourier = MPFourier(model_channels)
         self.emb_noise = MPConv(model_channels, max(widths))
         self.emb_label = MPConv(label_dim, max(widths)) if label_dim else None
@@ -386,23 +345,21 @@ class EDM2UNet(nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
+# 3. The network of a run, and published checkpoints
+
 def make_network(args, **changes):
     """The network of random weights that the flags in `args` describe (--arch, --width, ...), but for `changes`."""
-    import common           # here and not above, so that the networks can be copied without it
     config = dict(img_resolution=args.resolution, in_channels=args.in_channels, out_channels=args.in_channels,
                   label_dim=args.label_dim, model_channels=args.width, channel_mult=args.mults, num_blocks=args.blocks,
                   attn_resolutions=args.attn_resolutions, dropout=args.dropout)
-    try:
+    with common.or_refuse(f'--arch {args.arch}'):               # widths and resolutions that do not go together
         if args.arch == 'edm2':
             return EDM2UNet(**config | dict(dropout_res=args.dropout_res) | changes)
         return SongUNet(**config | changes)
-    except ValueError as error:                                 # widths and resolutions that do not go together
-        raise common.UserError(f'--arch {args.arch}: {error}')
 
 
 def initial_network(args, device, tunes=False):
     """The network that training starts with: random weights of --seed, or those of --init; tunes: those are wanted."""
-    import common
     torch.manual_seed(args.seed)
     net = make_network(args)
     net.config = common.config_of(args)
@@ -412,40 +369,29 @@ def initial_network(args, device, tunes=False):
         run = Path(args.init)                                   # perhaps a run's folder
         path = next((path for path in (run / 'final.pt', run / 'checkpoint.pt') if path.exists()), args.init)
         with common.one_first():
-            state = load_pretrained(path, common.cache_folder(args))[0]
-        load_weights(net, state, args.init)
+            load_weights(net, load_pretrained(path, common.cache_folder(args))[0], args.init)
     return net.to(device, memory_format=torch.channels_last)                    # channels last: convolutions run faster
 
 
-# 3. Published checkpoints
-
-NVIDIA = 'https://nvlabs-fi-cdn.nvidia.com'
 URLS = {    # the diffusion models that the papers tune
-    'cifar10': f'{NVIDIA}/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl',
-    'ffhq64': f'{NVIDIA}/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl',
-    'imagenet64': f'{NVIDIA}/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'}
+    'cifar10': 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl',
+    'ffhq64': 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl',
+    'imagenet64': 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl'}
 FORMATS = {'model.': 'edm', 'unet.': 'edm2', '': 'state_dict'}      # by the network's name within its preconditioner
 
 
 def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights of a published network. -> (state_dict: dict name -> float32 tensor, about: dict of plain values)
+    """Weights of a published network -> float32 tensors by name, and a dict of what the file says of itself.
 
-    Takes .pkl files of EDM, EDM2, ECT and Sony's codes, checkpoints of this project (of which it gives the moving
-    average, without VCT's encoder) and state dicts of torch.save, and runs nothing in them. http(s):// and file://
-    addresses go through the folder `cache`, and may end in #sha256=<hex> to be checked. `about` is what the file says
-    of itself: `format`, arguments of the network, sigma_data. Raises common.UserError for what cannot be had or read.
+    Reads EDM's, EDM2's, ECT's and Sony's files, checkpoints of this project (their moving average) and state dicts, and
+    runs nothing in them. An address, which may end in #sha256=<hex>, is downloaded to the folder `cache`.
     """
-    import common
     path = Path(path_or_url)
     if str(path_or_url).startswith(('https://', 'http://', 'file://')):
         url, _, digest = str(path_or_url).partition('#sha256=')
-        # The address is part of the name: many runs have a file network-snapshot-latest.pkl.
-        path = Path(cache) / f'{zlib.crc32(url.encode()):08x}-{Path(url.partition("?")[0]).name}'
-        try:
-            common.download(url, path, 'sha256', digest.lower() or None)
-        except common.UserError as error:
-            raise common.UserError(f'{error}; --init PATH takes a file that you have, --pretrain-steps N needs none')
-    try:
+        path = Path(cache) / f'{zlib.crc32(url.encode()):08x}-{Path(url.partition("?")[0]).name}'      # names repeat
+        common.download(url, path, 'sha256', digest.lower() or None)
+    with common.or_refuse(f'{path} cannot be read as a checkpoint'):
         top = read(path.read_bytes())
         ema = top.get('ema', top) if isinstance(top, dict) else {}
         weights = dict(named_tensors(ema if '_modules' in ema else {'_parameters': ema}))
@@ -453,45 +399,33 @@ def load_pretrained(path_or_url: str | Path, cache: str | Path = 'data') -> tupl
             raise ValueError('it holds neither a network nor a state dict')
         prefix = next(prefix for prefix in FORMATS if any(name.startswith(prefix) for name in weights))
         about = top | top.get('config', {}) | ema.get('_init_kwargs', {}) | ema | {'format': FORMATS[prefix]}
-        return ({name.removeprefix(prefix): dense(p) for name, p in weights.items() if not name.startswith('encoder.')},
+        return ({name.removeprefix(prefix): p for name, p in weights.items() if not name.startswith('encoder.')},
                 {name: value for name, value in about.items() if type(value) in (str, int, float, bool, list)})
-    except Exception as error:          # whatever Python says about a file that is damaged or not a checkpoint
-        reason = getattr(error, 'strerror', None) or str(error).split('\n')[0][:200] or type(error).__name__
-        raise common.UserError(f'{path} cannot be read as a checkpoint: {reason}')
+
+
+def named_tensors(module, prefix=''):
+    """The tensors of a module, here a dict of its attributes, and of its parts, named as in a state dict, float32."""
+    for group in '_parameters', '_buffers', '_modules':
+        for name, value in module.pop(group, {}).items():           # pop: 60 parts may refer to each other 2^60 times
+            if isinstance(value, Stored):
+                (dtype, _, numbers), offset, size, stride = value   # as_strided refuses what is not within its storage
+                p = torch.frombuffer(numbers or bytearray(8), dtype=dtype).as_strided(size, stride, offset)
+                yield prefix + name, p.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            elif isinstance(value, dict):
+                yield from named_tensors(value, f'{prefix}{name}.')
 
 
 def load_weights(net, state_dict, source):
-    """Copies a state dict into a network; `source` names it in the common.UserError that any mismatch raises.
-
-    What only training needs may be left over: map_augment.weight (EDM's augmentation) and logvar_* (EDM2's loss).
-    """
-    import common
+    """Copies a state dict into a network; `source` names it in the common.UserError that any mismatch raises."""
     wanted = {name: list(p.shape) for name, p in net.state_dict().items()}
-    given = {name: list(p.shape) for name, p in state_dict.items()
-             if name in wanted or not name.startswith(('map_augment.weight', 'logvar_'))}
+    unused = 'map_augment.weight', 'logvar_'                        # of EDM's augmentation and EDM2's loss
+    given = {name: list(p.shape) for name, p in state_dict.items() if name in wanted or not name.startswith(unused)}
     wrong = [f'{name} is {given.get(name, "missing")} there, {wanted.get(name, "missing")} here'
              for name in wanted | given if given.get(name) != wanted.get(name)]
     if wrong:
         more = f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         raise common.UserError(f'{source} does not fit this network: {"; ".join(wrong[:3])}{more}')
     net.load_state_dict(state_dict, strict=False)
-
-
-def named_tensors(module, prefix=''):
-    """The tensors of a module, here a dict of its attributes, and of its parts, named as in a state dict."""
-    for group in '_parameters', '_buffers', '_modules':
-        for name, value in module.pop(group, {}).items():           # pop: 60 parts may refer to each other 2^60 times
-            if isinstance(value, Stored):
-                yield prefix + name, value
-            elif isinstance(value, dict):
-                yield from named_tensors(value, f'{prefix}{name}.')
-
-
-def dense(stored):
-    """Stored -> its float32 tensor, in memory of its own; as_strided refuses what is not within its storage."""
-    (dtype, _, numbers), offset, size, stride = stored
-    shown = torch.frombuffer(numbers or bytearray(8), dtype=dtype).as_strided(size, stride, offset)
-    return shown.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 # 4. Reading files without running them: a pickle calls what it names, and here it can name KNOWN alone
@@ -506,12 +440,14 @@ class Inert(dict):
         self.update(state if isinstance(state, dict) else {})
 
 
-KNOWN = {f'torch.{name}Storage': getattr(torch, name.lower()) for name in
-         'Float Double Half BFloat16 Long Int Short Bool'.split()} | {
-    'torch.ByteStorage': torch.uint8, 'torch.CharStorage': torch.int8, 'collections.OrderedDict': Inert,
-    'dnnlib.util.EasyDict': Inert, 'torch.nn.modules.container.ModuleDict': Inert,
-    'builtins.getattr': lambda *_: Inert(), 'builtins.set': lambda *_: Inert(), 'numpy.dtype': lambda *_: Inert(),
-    'numpy.core.multiarray.scalar': lambda *_: Inert(),
+inert = lambda *_: Inert()
+KNOWN = {
+    'torch.DoubleStorage': torch.float64, 'torch.FloatStorage': torch.float32, 'torch.HalfStorage': torch.float16,
+    'torch.BFloat16Storage': torch.bfloat16, 'torch.LongStorage': torch.int64, 'torch.IntStorage': torch.int32,
+    'torch.ShortStorage': torch.int16, 'torch.CharStorage': torch.int8, 'torch.ByteStorage': torch.uint8,
+    'torch.BoolStorage': torch.bool, 'collections.OrderedDict': Inert, 'dnnlib.util.EasyDict': Inert,
+    'torch.nn.modules.container.ModuleDict': Inert, 'numpy.core.multiarray.scalar': inert, 'numpy.dtype': inert,
+    'builtins.getattr': inert, 'builtins.set': inert,
     '_codecs.encode': lambda text, _: text.encode('latin1'),            # how protocol 2 writes bytes
     'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
     'torch._utils._rebuild_tensor_v2': lambda *args: Stored(*args[:4]),
@@ -536,7 +472,7 @@ class Unpickler(pickle.Unpickler):
         if name not in KNOWN:
             raise ValueError(f'it asks for {name!r:.100}, unknown to checkpoints; nothing of it was run')
         known = KNOWN[name]                     # functions are handed out anew: a file can set attributes of its own
-        return (lambda *args: known(*args)) if isinstance(known, types.FunctionType) else known
+        return known if isinstance(known, (type, torch.dtype)) else lambda *args: known(*args)
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid[:5]
@@ -548,7 +484,7 @@ def read(data):
     file, storages = io.BytesIO(data), {}
     if data.startswith(b'PK'):
         archive = zipfile.ZipFile(file)
-        main = next(name for name in [*archive.namelist(), 'data.pkl'] if name.endswith('data.pkl'))
+        main = next((name for name in archive.namelist() if name.endswith('data.pkl')), 'data.pkl')
         top = Unpickler(io.BytesIO(archive.read(main)), storages).load()
         for key, (_, _, numbers) in storages.items():
             numbers.extend(archive.read(f'{main[:-4]}/{key}'))

@@ -14,40 +14,38 @@ noise goes with which image, as in a variational autoencoder whose latent is the
     eps = mu(x0) + std(x0) n,   n ~ N(0, I)
     loss = w(t, r) d( ... ) + beta w(sigma_max, r_max) KL( N(mu(x0), std(x0)²) || N(0, I) )
 
-where sigma_max is paired with r_max (EDM's weight counts as 1 there, as published): the noise of all images together
-stays near N(0, I), where sampling starts. `--coupling ot` pairs images and noise within each batch at the least total
-distance (Pooladian et al. 2023, arXiv 2304.14772). Levels, d and w are those of improved consistency training, from
-scratch (`--base ict`, Song & Dhariwal 2023, arXiv 2310.14189), or of Easy Consistency Tuning, from a diffusion model
-(`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
+where sigma_max is paired with r_max: the noise of all images together stays near N(0, I), where sampling starts. The
+levels, d and w are those of improved consistency training, from scratch (`--base ict`, Song & Dhariwal 2023, arXiv
+2310.14189), or of Easy Consistency Tuning, from a diffusion model (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 
     python vct.py                                                 # ten shapes, some five minutes on two CPU cores
     python vct.py --dataset cifar10 --gpus 8                      # the paper's setting, from scratch
     python vct.py --dataset cifar10 --base ecm --gpus 8           # tuned from EDM's diffusion model
-    python vct.py --sample runs/vct-shapes --nfe 2                # a grid of images; --evaluate: FID
-    python vct.py --analyse runs/vct-shapes                       # the emitted noise, and its effect on the loss
+    python vct.py --sample runs/vct-shapes --nfe 2                # or --evaluate (FID), --analyse (emitted noise)
 
-Where the paper leaves a choice, and where we deviate from it or its published code (`# [n]` in the code):
- [1] With ict, pseudo-Huber is of every number, as in the published code, where beta is 30; iCT's is of the vector.
- [2] The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling.
- [3] The encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1, as published.
- [4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
-     encoder with the KL term alone.
- [5] When sampling, the encoder emits the noise of every step after the first, as published. With `ot` the published
-     sampler pairs its first output with the noise by optimal transport; here it is independent.
- [6] `--coupling ot` assigns within the global minibatch whatever the labels: a class's noise is not quite N(0, I).
- [7] `vc` clips the gradient at 200 and the others do not, as in the published code; that alone may tell them apart.
- [8] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
- [9] ImageNet-64 has the power-function average (EDM2 App. C). The published code has it the wrong way round, so that
-     its figures are of practically raw weights: `--ema 0` gives those. The kernel `li` is called `cot` there.
-[10] FID is of the last average, rounded, in equal shares of the classes; the published one is the best of the run
-     (of two steps), of samples truncated to 8 bits, their classes drawn at random.
+Where the paper leaves a choice, and where we deviate from it or its published code (`[n]` in the code):
+[1] As published, pseudo-Huber is of every number with ict (iCT's is of the vector), where beta is 30; and EDM's weight
+    counts as 1 for the KL term.
+[2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
+    least total distance, whatever the labels: a class's noise is not quite N(0, I). The published sampler pairs its
+    first output with the noise so, too; here it is independent.
+[3] The encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1. In sampling it
+    emits the noise of every step after the first. Both as published.
+[4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
+    encoder with the KL term alone.
+[5] The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling,
+    which here adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
+[6] `vc` clips the gradient at 200 and the others do not, as in the published code; that alone may tell them apart.
+[7] ImageNet-64 has the power-function average (EDM2 App. C). The published code has it the wrong way round, so that
+    its figures are of practically raw weights: `--ema 0` gives those. The kernel `li` is called `cot` there.
+[8] FID is of the last average, rounded, in equal shares of the classes; the published one is the best of the run
+    (of two steps), of samples truncated to 8 bits, their classes drawn at random.
 """
 import argparse
 import copy
 import functools
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,11 +58,10 @@ from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 
 VCT = dict(                     # what the two bases share; the network is DDPM++
     arch='songunet', width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2, dropout_res=None,
-    s0=10, s1=1280,             # ict: there are s0 pairs of levels at first and s1 in the end
-    q=2.0, k=8.0, b=1.0, stages=8,  # ecm: the gap between t and r, divided by q so many times: see `lower_level`
-    P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation (ict: at the discrete levels)
     coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', checkpoint=None, pretrain_steps=0,
-    clip=None,                  # longest gradient; None: 200 with vc, any without                                  [7]
+    s0=10, s1=1280, q=2.0, k=8.0, b=1.0, stages=8,      # ict: see `num_levels`; ecm: see `lower_level`, `stage_at`
+    P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation (ict: at the discrete levels)
+    clip=None,                  # longest gradient; None: 200 with vc, any without                                  [6]
     t_mid=0.821,                # noise level of the second step when sampling with two
     optimizer='RAdam', betas=(0.9, 0.999), lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
     cond=False, flip=False, nfe=[1], save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
@@ -79,7 +76,7 @@ FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
 IMAGENET = dict(                # EDM2-S
     arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
     attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
-    optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [9]
+    optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [7]
 PRESETS = {                     # by data set and base
     ('shapes', 'ict'): ICT | SHAPES | dict(s1=80),
     ('shapes', 'ecm'): ECM | SHAPES | dict(beta=3.0, stages=4, pretrain_steps=300),
@@ -123,10 +120,7 @@ def level_table(n, P_mean, P_std, device='cpu'):
 
 
 def pair_probabilities(sigmas, P_mean, P_std):
-    """How often each pair of neighbours among n levels is trained on: ln sigma ~ N(P_mean, P_std²) (iCT Sec. 3.5).
-
-    (n,) -> (n - 1,) float64
-    """
+    """How often each pair of neighbours is trained on: ln sigma ~ N(P_mean, P_std²) (iCT Sec. 3.5). (n,) -> (n - 1,)"""
     cdf = torch.erf((sigmas.double().log() - P_mean) / (math.sqrt(2) * P_std))
     return cdf.diff() / (cdf[-1] - cdf[0])
 
@@ -167,13 +161,10 @@ def level_pairs(args, step, device):
     return t, lower_level(t, stage_at(done, steps, args.stages), args.q, args.k, args.b)
 
 
-# 3. Model
+# 3. Model: the consistency function f, and the encoder
 
 def f(net, x, t, y=None, m=0.0, kernel='ve'):
-    """The consistency function: c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7). Boundary condition: x at t = m.
-
-    net is any function (x_in, c_noise, y) -> like x_in; x (B, C, H, W), t (B,), y (B,) labels or None -> (B, C, H, W).
-    """
+    """c_skip x + c_out F(c_in x, ln(t)/4, y) (EDM Eq. 7), which is x at t = m. x (B, C, H, W), t, y (B,) -> like x"""
     t4 = t[:, None, None, None]                                         # to go with images
     a, b = 1.0, 1.0                                                     # share of x0 in x_t; the same, but 1 at t = m
     if kernel == 'li':
@@ -185,10 +176,7 @@ def f(net, x, t, y=None, m=0.0, kernel='ve'):
 
 
 def add_encoder(net, args):
-    """For `vc`, a U-Net of the network's kind and settings, but for width and blocks, as part of it [3]. -> net
-
-    So there is one optimiser, moving average and checkpoint for both.
-    """
+    """For `vc`, a U-Net of the same kind and settings, but for width and blocks [3], within net: one EMA for both."""
     if args.coupling == 'vc':
         small = dict(width=args.encoder_width, blocks={'small': 1, 'big': 2}[args.encoder])
         net.encoder = make_network(argparse.Namespace(**vars(args) | small), out_channels=2 * args.in_channels)
@@ -215,10 +203,7 @@ def kl_divergence(mu, std):
 
 
 def emit(encoder, x0, n, y=None):
-    """eps = mu + std n (reparameterisation), n ~ N(0, I) like x0, and its KL divergence (B,).
-
-    Without an encoder eps is n.
-    """
+    """eps = mu + std n, n ~ N(0, I) like x0, and its KL divergence (B,); without an encoder n and 0."""
     if encoder is None:
         return n, n.new_zeros(len(n))
     mu, std = encode(encoder, x0, y)
@@ -226,10 +211,7 @@ def emit(encoder, x0, n, y=None):
 
 
 def optimal_transport(x0, eps):
-    """The order of images x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [6].
-
-    -> (B,) int64. Needs SciPy.
-    """
+    """The order (B,) of x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [2]."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
@@ -241,19 +223,9 @@ def optimal_transport(x0, eps):
 
 # 5. Loss: the distance of f(x_t, t) from the target stop-gradient f(x_r, r), weighted
 
-def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, m=0.0, kernel='ve', huber='vector', weighting='gap'):
-    """Consistency loss of each sample (iCT Eq. 7; with ECM r may be 0 = m). -> (B,)
-
-    x_t, x_r (B, C, H, W), t, r (B,); teacher: the same weights, no gradient. `seed` is the dropout's: both drop the
-    same units, so that their difference is not that of two masks.
-    """
-    torch.manual_seed(seed)
-    student = f(net, x_t, t, y, m, kernel)
-    with torch.no_grad():                                               # stop-gradient
-        torch.manual_seed(seed)
-        target = f(teacher or net, x_r, r, y, m, kernel)
-    distance = pseudo_huber(student - target, c, huber)
-    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+def edm_weight(t):
+    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Tab. 1). (B,) -> (B,)"""
+    return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
 def pseudo_huber(u, c, huber='vector'):
@@ -263,8 +235,19 @@ def pseudo_huber(u, c, huber='vector'):
     return ((size.square() + c ** 2).sqrt() - c if c else size).sum(1)              # the norm's gradient at 0 is 0
 
 
+def loss(net, x_t, t, x_r, r, y=None, teacher=None, seed=0, c=0.0, m=0.0, kernel='ve', huber='vector', weighting='gap'):
+    """Consistency loss of each sample (iCT Eq. 7; with ECM r may be 0 = m). x_t, x_r (B, C, H, W), t, r (B,) -> (B,)"""
+    torch.manual_seed(seed)                                             # dropout: the same units in both
+    student = f(net, x_t, t, y, m, kernel)
+    with torch.no_grad():                                               # stop-gradient: a teacher of the same weights
+        torch.manual_seed(seed)
+        target = f(teacher or net, x_r, r, y, m, kernel)
+    distance = pseudo_huber(student - target, c, huber)
+    return distance * (1 / (t - r) if weighting == 'gap' else edm_weight(t))
+
+
 def loss_settings(args):
-    """What the flags say to `loss`: c in iCT times the root of an image's numbers (its Sec. 3.3), the boundary m [2]."""
+    """What the flags say to `loss`: c, in iCT times the root of an image's numbers (its Sec. 3.3), boundary m [5]."""
     settings = dict(c=args.c, m=0.0, kernel=args.kernel, huber=args.huber, weighting=args.weighting)
     if args.base == 'ict':
         settings |= dict(c=args.c * math.sqrt(args.in_channels) * args.resolution, m=SIGMA_MIN)
@@ -272,7 +255,7 @@ def loss_settings(args):
 
 
 def kl_weight(beta, t, r, weighting='gap'):
-    """beta w(sigma_max, r_max), the weight of the KL term: t and r are that last pair; EDM's weight counts as 1."""
+    """beta w(sigma_max, r_max), the weight of the KL term: t and r are that last pair; EDM's weight counts as 1 [1]."""
     return beta / (t - r) if weighting == 'gap' else beta
 
 
@@ -289,33 +272,27 @@ def kl_share(args, step, device):
 
 
 def denoising_loss(net, x_t, t, x0, y=None, seed=0, kernel='ve'):
-    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels. -> (B,)"""
+    """The loss of the diffusion model that tuning starts from (EDM Eq. 8), as a mean over the pixels [4]. -> (B,)"""
     torch.manual_seed(seed)
     return edm_weight(t) * (f(net, x_t, t, y, kernel=kernel) - x0).square().flatten(1).mean(1)
-
-
-def edm_weight(t):
-    """lambda(t) = (t² + sigma_data²) / (t sigma_data)² (EDM Tab. 1). (B,) -> (B,)"""
-    return (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
 
 
 # 6. Sampling
 
 @torch.inference_mode()
-def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | None = None, seed: int = 0,
-           first: int = 0) -> torch.Tensor:
+def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     """n images in [-1, 1], (n, C, H, W), of `nfe` network evaluations; labels: classes, in turn from number `first` on.
 
     One step: f(sigma_max z, sigma_max). Each further one adds noise of a lower level and maps back (CM Alg. 1): fresh
-    noise, or with an encoder the noise that it emits for the image so far [5].
+    noise, or with an encoder the noise that it emits for the image so far [3].
     """
     config, images = model.config, []
     net = common.network(model, config['precision'])
     encoder = common.network(model.encoder, config['precision']) if config['coupling'] == 'vc' else None
-    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [8]
+    levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [5]
     if nfe == 2:
         levels[1] = config['t_mid']
-    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                 # [10]
+    for noise, y in common.sampling_noise(model, n, nfe, labels, seed, first):                                  # [8]
         x0_hat = torch.zeros_like(noise[0])
         for i, (level, z) in enumerate(zip(levels, noise)):
             t = torch.full_like(z[:, 0, 0, 0], level)
@@ -325,7 +302,7 @@ def sample(model: torch.nn.Module, n: int, nfe: int = 1, labels: list[int] | Non
     return torch.cat(images)
 
 
-def load(path: str | Path, device: str | torch.device = 'cpu') -> torch.nn.Module:
+def load(path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
     return common.load_network(path, lambda args: add_encoder(make_network(args), args), device)
 
@@ -346,18 +323,16 @@ def train(args):
     """One run, from data to final.pt."""
     device = common.start(args)
     data = common.load_data(args, device)                               # sets resolution, in_channels, label_dim
-    fid_reference = fid.prepare(args, device, data)                     # fail before training, not after
-
     net = initial_network(args, device, tunes=args.base == 'ecm')
     net = add_encoder(net, args).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    sample_fn = functools.partial(sample, ema, labels=args.labels)
+    evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     encoder = common.network(net.encoder, args.precision) if args.coupling == 'vc' else None
-    sample_fn = functools.partial(sample, ema, labels=args.labels)
-    evaluate = functools.partial(fid.evaluate, fid_reference, args, sample_fn)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
@@ -377,14 +352,12 @@ def train(args):
         t, r = (level[mine] for level in level_pairs(args, step, device))
         clock('data')
 
-        # Coupling of image and noise.
         if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, eps_all)
             x_all, y_all = x_all[order], y_all[order]                   # labels travel with their images
         x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
         clock('coupling')
 
-        # Loss and gradient.
         total = torch.zeros(3, device=device)
         for part, seed in common.microbatches(wrapped, args, step):
             torch.manual_seed(common.key(seed, 'encoder'))              # the encoder's own dropout
@@ -400,9 +373,8 @@ def train(args):
             total += common.backward(values, len(x0), args.precision)
             clock('backward')
 
-        # Update.
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [7]
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [6]
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad()
@@ -431,27 +403,26 @@ def analyse(args, model, device):
     kl = kl_divergence(mu, std)
     common.print0(f'KL {kl.flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
                   f'{mu.square().mean().sqrt():.3g}, mean of std {std.mean():.3g}')
+    t = torch.tensor(rho_levels(9)[1:])
+    r = lower_level(t, args.stages - 1, args.q, args.k, args.b)
     if args.base == 'ict':
-        sigmas, places = rho_levels(args.s1), [round(j * (args.s1 - 1) / 8) for j in range(9)]
-        t, r = [sigmas[i + 1] for i in places], [sigmas[i] for i in places]
-    else:
-        t = rho_levels(9)[1:]
-        r = lower_level(torch.tensor(t), args.stages - 1, args.q, args.k, args.b)
+        sigmas = torch.tensor(rho_levels(args.s1))
+        i = torch.tensor([round(j * (args.s1 - 1) / 8) for j in range(9)])
+        t, r = sigmas[i + 1], sigmas[i]
     common.print0(f'{"mean of loss":>34}{"variance over noise":>26}\n   sigma  ' + 2 * '      emitted  independent')
     draws = [common.randn(x0.shape, args.seed, i, 'analyse', device=device) for i in range(8)]
-    for levels in zip(t, r):
-        pair = [x0.new_full((len(x0),), float(level)) for level in levels]
-        losses = []                                                                             # (draws, B) of each
+    for pair in zip(t.to(device), r.to(device)):
+        high, low = (level.expand(len(x0)) for level in pair)
+        means, variances = [], []
         for source in (encoder, None):
             noises = [emit(source, x0, n, y)[0] for n in draws]
-            points = [[path(x0, eps, level, args.kernel) for level in pair] for eps in noises]
-            losses.append(torch.stack([loss(net, x_t, pair[0], x_r, pair[1], y, **loss_settings(args))
-                                       for x_t, x_r in points]))
-        found = [value.mean() for value in losses] + [value.var(0).mean() for value in losses]
-        common.print0(f'{levels[0]:8.4g}  ' + ''.join(f'{value:13.4g}' for value in found))
+            points = [[path(x0, eps, level, args.kernel) for level in (high, low)] for eps in noises]
+            values = torch.stack([loss(net, x_t, high, x_r, low, y, **loss_settings(args)) for x_t, x_r in points])
+            means.append(values.mean())
+            variances.append(values.var(0).mean())
+        common.print0(f'{pair[0]:8.4g}  ' + ''.join(f'{value:13.4g}' for value in means + variances))
     rows = x0, mu / mu.abs().max(), (std - 1).clamp(-1, 1), 2 * (kl / kl.max()).mean(1, keepdim=True).expand_as(x0) - 1
-    grid = torch.cat([row[:8] for row in rows])
-    common.save_grid(grid, common.picture_path(args, 'analyse.png'), columns=8)
+    common.save_grid(torch.cat([row[:8] for row in rows]), common.picture_path(args, 'analyse.png'), columns=8)
 
 
 # 9. Command line
