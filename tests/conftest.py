@@ -1,6 +1,7 @@
 """Shared by all tests: the scripts on the path, a command runner, and real data where it is at hand."""
 import functools
 import importlib
+import inspect
 import io
 import json
 import os
@@ -153,3 +154,79 @@ def weights(out, name='final.pt'):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# What the tests of the scripts share
+
+@pytest.fixture
+def few_shapes(monkeypatch, tmp_path):
+    """An empty folder to run in, where the built-in data set has but 200 pictures."""
+    monkeypatch.chdir(tmp_path)
+    draw = common.shapes
+    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
+
+
+class Call(tuple):
+    """(args, kwargs, result) of a call; call.x is what it had for its parameter x, given or not."""
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, 'name') -> the list of the function's Calls from now on, which go through as ever."""
+    def watch(owner, name):
+        function, calls = getattr(owner, name), []
+
+        @functools.wraps(function)                              # so that a spy can be spied on
+        def call(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            bound.apply_defaults()
+            calls.append(Call((args, kwargs, function(*args, **kwargs))))
+            vars(calls[-1]).update(bound.arguments, result=calls[-1][2])
+            return calls[-1].result
+        monkeypatch.setattr(owner, name, call)
+        return calls
+    return watch
+
+
+def close(a, b, rtol=1e-4, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
+
+
+def wide(t):
+    """Levels (B,) to go with images: (B, 1, 1, 1)."""
+    return t[:, None, None, None]
+
+
+def toy(x_in, c_noise, y=None, scale=0.1):
+    """The network of the reference files; gc_losses.npz has scale 0.2 for its moving average."""
+    return torch.tanh(x_in) * torch.cos(wide(c_noise)) + scale * x_in
+
+
+def draws(step, batch=8, resolution=8, seed=0, flip=False):
+    """What a run on 200 pictures draws for a step: its images, labels and noise."""
+    data = all_shapes(200, resolution)
+    index = common.batch_indices(200, batch, step, seed)
+    x0 = common.normalise(data.images[index])
+    x0 = common.mirror(x0, seed, step, 'flip') if flip else x0
+    return x0, data.labels[index], common.randn(x0.shape, seed, step, 'noise')
+
+
+def exact_mean(x_t, t, refs, allowed=None):
+    """E[x0 | x_t] over the references that are allowed, (B, N) bool, by brute force in float64."""
+    x, c = x_t.double().flatten(1), refs.double().flatten(1)
+    logits = -torch.cdist(x, c, compute_mode='donot_use_mm_for_euclid_dist').square() / (2 * t.double()[:, None] ** 2)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return (logits.softmax(1) @ c).view_as(x_t)
+
+
+def model_of(net, encoder=None, **config):
+    """A stand-in for a loaded model: `net`, perhaps VCT's encoder, and the settings that sampling reads."""
+    model = torch.nn.Module()
+    model.weight, model.label_dim, model.forward = torch.nn.Parameter(torch.zeros(1)), 0, net
+    if encoder:
+        model.encoder = torch.nn.Module()
+        model.encoder.label_dim, model.encoder.forward = 0, encoder
+    model.config = dict(precision='fp32', label_dim=0, phases=1, edges=None, eta=1.0, t_mid=0.821, kernel='ve',
+                        coupling='vc' if encoder else 'independent', in_channels=1, resolution=1) | config
+    return model

@@ -1,0 +1,422 @@
+"""What the three scripts have in common: texts, equations, what their runs train on, how they sample."""
+import argparse
+import ast
+import difflib
+import inspect
+import io
+import itertools
+import math
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import gc_ct
+import sct
+import unet
+import vct
+from conftest import Script, close, draws, lines, same, toy, weights, wide
+
+ECT = np.load(Path(__file__).parent / 'data/ect_losses.npz')
+MODULES = dict(sct=sct, gc_ct=gc_ct, vct=vct)
+TUNING = dict(sct=[], gc_ct=['--schedule', 'ect'], vct=['--base', 'ecm'])
+every = pytest.mark.parametrize('module', MODULES.values(), ids=MODULES)
+two = pytest.mark.parametrize('module', [gc_ct, vct], ids=['gc_ct', 'vct'])
+
+
+# Texts
+
+OF_A_PAPER = set('''f loss loss_settings level_pairs denoising_loss upper_level stage_at ema_decay sample load train
+    analyse add_flags check_flags main'''.split())
+
+
+def functions(module):
+    """{name: its text, but for the numbers of deviations}"""
+    return {name: re.sub(r' +\[\d+\]', '', inspect.getsource(value)) for name, value in vars(module).items()
+            if inspect.isroutine(inspect.unwrap(value)) and inspect.getmodule(inspect.unwrap(value)) is module}
+
+
+@pytest.mark.parametrize('a, b', list(itertools.combinations(MODULES, 2)))
+def test_functions_of_one_name_are_letter_by_letter_the_same(a, b):
+    """In any two scripts, but for those that are what the papers differ in."""
+    ours, theirs = functions(MODULES[a]), functions(MODULES[b])
+    both = (ours.keys() & theirs.keys()) - OF_A_PAPER
+    assert len(both) >= 3 and [name for name in both if ours[name] != theirs[name]] == []
+
+
+@pytest.mark.parametrize('a, b, most', [('sct', 'gc_ct', 32), ('gc_ct', 'vct', 30), ('sct', 'vct', 42)])
+def test_the_loops_of_two_scripts_differ_in_few_lines(a, b, most):
+    texts = [inspect.getsource(MODULES[name].train).splitlines() for name in (a, b)]
+    assert sum(line[0] in '+-' for line in difflib.ndiff(*texts)) <= most
+
+
+@every
+def test_every_deviation_has_its_place_in_the_code(module):
+    """And what comments and docstrings refer to is in the list."""
+    text = inspect.getsource(module)
+    said = [token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type == tokenize.COMMENT]
+    said += [ast.get_docstring(node) or '' for node in ast.walk(ast.parse(text))
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    listed = re.findall(r'^ ?\[(\d+)\] ', module.__doc__, re.MULTILINE)
+    assert listed == [str(i + 1) for i in range(len(listed))]
+    assert set(re.findall(r'\[(\d+)\]', ' '.join(said))) == set(listed)
+
+
+# Equations
+
+@every
+@pytest.mark.parametrize('name', [name for name in ECT.files if name.startswith('r_q')])
+def test_lower_level_is_ects(module, name):
+    q, k, b, stage = (float(part.lstrip('qkbstage')) for part in name.split('_')[1:])
+    close(module.lower_level(torch.from_numpy(ECT['t']), stage, q=q, k=k, b=b), ECT[name])
+
+
+@every
+@pytest.mark.parametrize('c', [0.0, 0.03])
+@pytest.mark.parametrize('stage', [0, 3, 7])
+def test_loss_is_ects(module, c, stage):
+    """All three scripts' losses are, at level 0 as well, which no network is asked for."""
+    name = f'loss_c{c}_stage{stage}'
+    x0, eps, normal = (torch.from_numpy(ECT[part]) for part in ('x', f'{name}:eps', f'{name}:randn_t'))
+    t = module.upper_level(normal, -1.1, 2.0)
+    r = module.lower_level(t, stage)
+    close(module.loss(toy, x0 + wide(t) * eps, t, x0 + wide(r) * eps, r, c=c), ECT[name])
+
+
+@pytest.mark.parametrize('module, kernel', [(sct, 've'), (gc_ct, 've'), (vct, 've'), (vct, 'li')])
+@pytest.mark.parametrize('m', [0.0, 0.002])
+def test_the_consistency_function_is_its_definition_and_keeps_its_boundary(module, kernel, m):
+    """f(x, m) = x; the network sees c_in x, ln(t) / 4 and the labels."""
+    x, s, kind = torch.randn(2, 3, 4, 4), 0.5, dict(kernel=kernel) if kernel == 'li' else {}
+    y = torch.tensor([0.3, -0.2])
+    net = lambda x_in, c_noise, y: toy(x_in, c_noise) + wide(y)
+    torch.testing.assert_close(module.f(net, x, torch.full((2,), m), y, m=m, **kind), x)
+    for t in (0.7, 80.0):
+        a, b = (1, 1) if kernel == 've' else (1 - t / 80, 1 - (t - m) / (80 - m))
+        c_in = (s * s * a * a + t * t) ** -0.5
+        c_skip, c_out = s * s * b / ((t - m) ** 2 + s * s * b * b), (t - m) * s * c_in
+        by_hand = c_skip * x + c_out * net(c_in * x, torch.full((2,), math.log(t) / 4), y)
+        torch.testing.assert_close(module.f(net, x, torch.full((2,), t), y, m=m, **kind), by_hand)
+
+
+@every
+def test_loss_stops_the_teachers_gradient_and_seeds_both_masks_alike(module):
+    seen, scale = [], torch.ones((), requires_grad=True)
+
+    def net(x, c_noise, y):
+        seen.append((torch.is_grad_enabled(), torch.rand(1).item(), y))
+        return x * scale
+    x, t, y = torch.randn(4, 1, 2, 2), torch.ones(4), torch.arange(4)
+    module.loss(net, x, t, x, t / 2, y, seed=5).sum().backward()
+    assert [grad for grad, *_ in seen] == [True, False] and seen[0][1] == seen[1][1]
+    assert all(torch.equal(labels, y) for *_, labels in seen)
+    before, scale.grad = scale.grad, None
+    fixed = lambda x, c_noise, y: x * 1.0                   # a teacher of its own: the same values, no gradient
+    module.loss(net, x, t, x, t / 2, y, fixed, seed=6).sum().backward()
+    assert torch.equal(before, scale.grad) and before != 0 and seen[2][1] != seen[0][1]
+
+
+@every
+@pytest.mark.parametrize('c', [0.0, 0.1])
+def test_the_gradient_is_finite_where_the_loss_is_zero(module, c):
+    scale = torch.ones((), requires_grad=True)
+    x, t = torch.zeros(2, 1, 2, 2), torch.ones(2)
+    module.loss(lambda x, c_noise, y: x * scale, x, t, x, t / 2, c=c).sum().backward()
+    assert scale.grad.isfinite()
+
+
+@pytest.mark.parametrize('module', [sct, vct])
+def test_the_weights_of_the_loss(module):
+    x, t, r = torch.randn(2, 1, 4, 4), torch.tensor([0.5, 3.0]), torch.tensor([0.25, 1.0])
+    value = lambda weighting: module.loss(toy, x, t, 2 * x, r, weighting=weighting)
+    close(value('edm'), value('gap') * (t - r) * (t ** 2 + 0.25) / (0.5 * t) ** 2)
+    if module is sct:
+        close(value('t'), value('gap') * (t - r) / t)
+
+
+@every
+def test_denoising_loss(module):
+    """EDM's weight, the labels, and the mask that the seed names."""
+    x_t, x0, t, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.5, 30.0]), torch.tensor([1, -2])
+    net = lambda x, c_noise, y: toy(x, c_noise) + wide(y) * torch.rand(1)
+    for kernel in [{}, dict(kernel='li')] if module is vct else [{}]:
+        torch.manual_seed(7)
+        u = module.f(net, x_t, t, y, **kernel) - x0
+        close(module.denoising_loss(net, x_t, t, x0, y, seed=7, **kernel),
+              (t ** 2 + 0.25) / (0.5 * t) ** 2 * u.square().mean((1, 2, 3)))
+
+
+@two
+def test_level_pairs_follow_the_probabilities(module):
+    """A million draws, against the expected counts (five standard deviations); neighbours in the table."""
+    sigmas, cumulative = module.level_table(21, -1.1, 2.0)
+    p = module.pair_probabilities(sigmas, -1.1, 2.0)
+    normal = torch.distributions.Normal(-1.1, 2.0)
+    cdf = normal.cdf(sigmas.double().log())
+    close(p, cdf.diff() / (cdf[-1] - cdf[0]))
+    t, r = module.level_pair(common.rand((1_000_000,), 'u'), sigmas, cumulative)
+    i = torch.searchsorted(sigmas, r)
+    assert torch.equal(sigmas[i], r) and torch.equal(sigmas[i + 1], t)
+    assert ((i.bincount(minlength=20) - 1e6 * p).abs() < 5 * (1e6 * p).sqrt() + 1).all()
+    t, r = module.level_pair(torch.tensor([0.0, 1.0]), sigmas, cumulative)          # the ends of the unit interval
+    close(torch.stack([t, r]), [[sigmas[1], 80], [sigmas[0], sigmas[-2]]])
+
+
+@two
+def test_transport_is_optimal(module):
+    pytest.importorskip('scipy')
+    for seed in range(5):
+        x0, eps = common.randn((6, 3, 2, 2), seed, 'x'), common.randn((6, 3, 2, 2), seed, 'z')
+        cost = lambda order: (x0[list(order)] - 80 * eps).square().sum().item()
+        best = min(itertools.permutations(range(6)), key=cost)
+        assert module.optimal_transport(x0, eps).tolist() == list(best)
+
+
+@two
+def test_without_scipy_one_line_says_what_to_install(module, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, 'scipy.optimize', None)
+    refused(module, '--coupling ot --out x', 'pip install scipy')
+
+
+# An oracle: data whose consistency function is known
+
+@pytest.mark.parametrize('module, numbers, settings', [
+    (sct, 1, dict(ref_size='1')), (sct, 1, dict(ref_size='batch')),
+    (gc_ct, 1, dict(mu=0.0)), (gc_ct, 768, dict(mu=0.5)),
+    (vct, 1, dict(base='ict', kernel='ve')), (vct, 1, dict(base='ecm', kernel='ve')),
+    (vct, 1, dict(base='ecm', kernel='li'))])
+def test_training_approaches_the_exact_consistency_function(module, numbers, settings):
+    """N(0, I) data, a small network, the script's own levels, pairs and loss: f -> x / sqrt(1 + t²).
+
+    With `li` x_t has the standard deviation sqrt(a² + t²), a = 1 - t / sigma_max, and the flow is linear too. Error
+    bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80. GC's generated pairs have
+    a flow of their own, which a network must tell from that of the data: in 768 numbers it can, by |x|; in one it
+    cannot (13 %).
+    """
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                 torch.nn.Linear(64, 1))
+
+    def net(x_in, c_noise, y=None):
+        c, x = c_noise[:, None], x_in.flatten(1)
+        if numbers == 1:
+            return (layers(torch.cat([x, c, c.square()], 1)) + x)[:, :, None, None]
+        size = 4 * (x.square().mean(1, keepdim=True).sqrt() - 1)
+        return x_in * wide(1 + layers(torch.cat([size, c, c.square()], 1))[:, 0])
+
+    preset = module.PRESETS['cifar10', settings['base']] if module is vct else module.PRESETS['cifar10']
+    args = argparse.Namespace(**preset | settings | dict(
+        P_mean=0.5, s1=160, schedule=dict(sct='ect', gc_ct='ict', vct=None)[module.__name__], seed=0, pretrain_steps=0,
+        steps=int(__import__("os").environ.get("STEPS", 2000)), batch=512 if numbers == 1 else 128, in_channels=numbers, resolution=1))
+    m = 0.002 if module is gc_ct else 0.0
+    optimizer = torch.optim.Adam(layers.parameters(), lr=3e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.steps)
+    for step in range(args.steps):
+        x0, eps = (common.randn((args.batch, 1, 1, numbers), step, stream) for stream in 'xe')
+        t, r = module.level_pairs(args, step, torch.device('cpu'))
+        if module is sct:
+            x_t = x0 + wide(t) * eps
+            x0_hat = x0 if args.ref_size == '1' else sct.posterior_mean(x_t, t, x0)
+            x_r = x0_hat + wide(r / t) * (x_t - x0_hat)
+        elif module is gc_ct:
+            chosen = common.rand((args.batch,), step, 'mix') < args.mu
+            x_hat = gc_ct.generator_coupling(net, x0, eps, r, None, chosen, m)
+            x_t, x_r = x_hat + wide(t) * eps, x_hat + wide(r) * eps
+        else:
+            x_t, x_r = (vct.path(x0, eps, level, args.kernel) for level in (t, r))
+        optimizer.zero_grad()
+        module.loss(net, x_t, t, x_r, r, **module.loss_settings(args)).mean().backward()
+        optimizer.step()
+        rate.step()
+    t = torch.logspace(math.log10(0.02), math.log10(80), 40).repeat_interleave(max(100, 20_000 // numbers))
+    kind = dict(kernel=settings['kernel']) if module is vct else {}
+    deviation = wide(((1 - t / 80) ** 2 * (kind.get('kernel') == 'li') + (kind.get('kernel') != 'li') + t ** 2).sqrt())
+    x = deviation * torch.randn(len(t), 1, 1, numbers)
+    with torch.no_grad():
+        error = (module.f(net, x, t, m=m, **kind) - x / deviation).square().mean().sqrt()
+    assert error < 0.05, error
+
+
+# What a run trains on
+
+def patch_presets(monkeypatch, module, **settings):
+    """Sets what has no flag, in the presets of the built-in data set."""
+    for key, preset in list(module.PRESETS.items()):
+        if 'shapes' in (key, key[0]):
+            monkeypatch.setitem(module.PRESETS, key, preset | settings)
+
+
+@pytest.mark.parametrize('name, flags', [
+    ('sct', '--schedule ect'), ('sct', '--schedule smooth'), ('sct', '--schedule smooth --phases 3'),
+    ('gc_ct', '--schedule ict'), ('gc_ct', '--schedule ect'),
+    ('vct', '--base ict'), ('vct', '--base ecm'), ('vct', '--base ecm --kernel li')])
+def test_the_levels_and_settings_that_a_run_trains_with(name, flags, few_shapes, spy, monkeypatch):
+    """After a step of pretraining; the settings are none of the defaults."""
+    script = Script(name)
+    module, tunes = script.module, 'ict' not in flags
+    own = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=4.0, c=0.03)
+    patch_presets(monkeypatch, module, **own | ({} if name == 'gc_ct' else dict(weighting='edm')))
+    calls = spy(module, 'loss')
+    sizes = [] if name == 'sct' else ['--s0', 4, '--s1', 16]
+    assert script.train('--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--stages', 3, *sizes, *flags.split()) == 0
+    assert len(calls) == 4
+    for done, call in enumerate(calls):
+        if tunes:
+            t = (-0.5 + 4 * common.randn((64,), 0, done + 1, 'level')).exp()
+            t = t.clamp(max=80) if 'li' in flags.split() else t
+            stage = done / 4 * 3 if 'smooth' in flags else [0, 0, 1, 2][done]
+            r = (t * (1 - (1 + 4 * torch.sigmoid(-2 * t)) / 3 ** (stage + 1))).clamp(min=0)
+            if 'phases' in flags:
+                low, middle, _ = module.rho_levels(3)[1:]
+                r = r.maximum(torch.where(t > middle, middle, torch.where(t > low, low, 0.0)))
+                assert ((r == middle) | (r == low)).any()
+        else:
+            sigmas = torch.tensor(module.rho_levels([4, 8, 16, 16][done]))
+            p = module.pair_probabilities(sigmas, -0.5, 4.0).cumsum(0)
+            i = torch.searchsorted(p, common.rand((64,), 0, done + 1, 'level').double(), right=True)
+            t, r = sigmas[i + 1], sigmas[i]
+        torch.testing.assert_close(call.t, t)
+        torch.testing.assert_close(call.r, r)
+        assert call.c == pytest.approx(0.03 if tunes else 0.03 * math.sqrt(3 * 8 * 8))
+        assert name == 'gc_ct' or call.weighting == 'edm'
+        assert name == 'sct' or call.m == (0.0 if tunes else 0.002)
+    logged = [line['consistency' if name == 'vct' else 'loss'] for line in lines(script.out) if 'loss' in line]
+    close(logged[1:], [call.result.mean().item() for call in calls])
+
+
+@pytest.mark.parametrize('name, flags', [('sct', '--ref-size 1'), ('gc_ct', '--coupling gc'), ('gc_ct', '--coupling ot'),
+                                         ('vct', '--coupling vc'), ('vct', '--coupling ot --kernel li')])
+def test_pretraining_has_edms_levels_and_independent_pairs(name, flags, few_shapes, spy):
+    pytest.importorskip('scipy') if 'ot' in flags else None
+    script = Script(name)
+    calls = spy(script.module, 'denoising_loss')
+    assert script.train(*TUNING[name], *flags.split(), '--steps', 3, '--pretrain-steps', 3, '--seed', 5) == 0
+    for step, call in enumerate(calls):
+        x0, y, eps = draws(step, seed=5)
+        t = (-1.2 + 1.2 * common.randn((8,), 5, step, 'level')).exp()
+        torch.testing.assert_close(call.t, t)
+        share = wide(1 - t / 80) if 'li' in flags else 1
+        torch.testing.assert_close(call.x_t, share * x0 + wide(t) * eps)
+        assert torch.equal(call[0][3], x0) and torch.equal(call.y, y)
+    assert len(calls) == 3 and (script.out / 'final.pt').exists()
+
+
+@pytest.mark.parametrize('name', ['gc_ct', 'vct'])
+def test_transport_moves_labels_with_their_images(name, few_shapes, spy):
+    pytest.importorskip('scipy')
+    script = Script(name)
+    calls = spy(script.module, 'loss')
+    assert script.train('--batch', 32, '--steps', 1, '--coupling', 'ot') == 0
+    x0, y, eps = draws(0, 32)
+    call, = calls
+    moved = call.x_t - wide(call.t) * eps
+    order = torch.cdist(moved.flatten(1), x0.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(32)) and order.tolist() != list(range(32))
+    torch.testing.assert_close(moved, x0[order], rtol=0, atol=1e-4)
+    torch.testing.assert_close(call.x_r, x0[order] + wide(call.r) * eps)
+    assert torch.equal(call.y, y[order]) and (x0[order] - eps).square().sum() < (x0 - eps).square().sum()
+
+
+def test_labels_reach_every_network(script, spy):
+    """Denoiser, student, teacher, endpoint and encoder in training; whatever samples."""
+    calls = spy(unet.SongUNet, 'forward')
+    gc = ['--mu', 1] if script.name == 'gc_ct' else []
+    assert script.train(*TUNING[script.name], '--steps', 2, '--pretrain-steps', 1, *gc) == 0
+    asked = [call.class_labels for call in calls if len(call.x) == 8]
+    first, second = (torch.nn.functional.one_hot(draws(step)[1], 10).float() for step in (0, 1))
+    pretraining = dict(sct=1, gc_ct=1, vct=2)[script.name]              # an encoder is asked in both
+    assert len(asked) == pretraining + dict(sct=2, gc_ct=3, vct=3)[script.name]
+    assert all(torch.equal(y, first if i < pretraining else second) for i, y in enumerate(asked))
+    calls.clear()
+    script.module.sample(script.module.load(script.out), 4, nfe=2, labels=[7, 2])
+    assert [call.class_labels.argmax(1).tolist() for call in calls] == [[7, 2, 7, 2]] * (2 + (script.name == 'vct'))
+
+
+@pytest.mark.parametrize('name, flags', [(name, flags) for name, ways in {
+    'sct': ['--no-cond', '--ref-size all', '--ref-size 5 --flip', '--ref-size 1 --dropout 0.2', '--pretrain-steps 1',
+            '--precision bf16', '--phases 3 --eta 0.9', '--arch edm2 --dropout 0.1 --ema-std 0.1 --lr-decay 2'],
+    'gc_ct': ['--no-cond', '--coupling ic', '--coupling ot', '--endpoint online', '--schedule ect --pretrain-steps 1',
+              '--mults 1,1,2 --dropout 0.2,0,0 --blocks 1,2,1', '--schedule ect --coupling ic --precision bf16'],
+    'vct': ['--no-cond', '--pretrain-steps 1', '--encoder big --dropout 0.2', '--arch edm2',
+            '--huber vector --precision bf16 --microbatch 3', *(
+                f'--base {base} --kernel {kernel} --coupling {coupling}' for base in ('ict', 'ecm')
+                for kernel in ('ve', 'li') for coupling in ('independent', 'ot', 'vc'))]}.items() for flags in ways])
+def test_every_way_to_train_and_sample(name, flags, few_shapes):
+    pytest.importorskip('scipy') if 'ot' in flags else None
+    script = Script(name)
+    assert script.train('--steps', 2, '--sample-every', 2, '--eval-every', 2, '--fid-num', 10, *flags.split()) == 0
+    *steps, judged = lines(script.out)
+    assert [line['step'] for line in steps] == [1, 2] and any('pixel-FD' in name for name in judged)
+    assert all(math.isfinite(value) for line in steps for value in line.values())
+    encoder = name == 'vct' and 'independent' not in flags and 'ot' not in flags
+    assert any(key.startswith('encoder.') for key in weights(script.out)) == encoder
+    assert name != 'vct' or all((line['kl'] > 0) == encoder for line in steps)
+    model = script.module.load(script.out / 'final.pt')
+    images = script.module.sample(model, 4, nfe=3)
+    assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and not model.training
+
+
+# Sampling, loading, where training starts
+
+def test_sampling_goes_down_the_levels_with_fresh_noise(script):
+    """One step, two with the level of the settings in between, three by rho 7; VCT's encoder is tested with VCT."""
+    assert script.train('--steps', 1, *['--coupling', 'independent'] * (script.name == 'vct')) == 0
+    module, model = script.module, script.module.load(script.out)
+    net, y = common.network(model, 'fp32'), torch.arange(12) % 10
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    levels = {1: [80], 2: [80, 0.821], 3: [(low + i / 3 * (high - low)) ** 7 for i in (3, 2, 1)]}
+    for nfe, sigmas in levels.items():
+        x = 0
+        for i, sigma in enumerate(sigmas):
+            x = x + sigma * common.randn((12, 3, 8, 8), 3, i, 'sample')
+            x = module.f(net, x, torch.full((12,), float(sigma)), y, 0.002)
+        torch.testing.assert_close(module.sample(model, 12, nfe, seed=3), x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_start_is_for_the_published_network(script, capsys):
+    for flags, init in [([], unet.URLS['cifar10']), (['--width', 16], 'none'), (['--cond'], 'none'),
+                        (['--pretrain-steps', 10], 'none'), (['--init', 'none'], 'none')]:
+        assert script.run('--dataset', 'cifar10', *TUNING[script.name], *flags, '--dry-run') == 0
+        assert f'"init": "{init}"' in capsys.readouterr().out
+
+
+def test_training_starts_from_the_networks_of_another_run(script, refused):
+    """Of all but the encoder, which starts anew."""
+    assert script.train('--steps', 2, '--lr', 0.01) == 0
+    init = ['--init', script.out / 'final.pt']
+    assert script.train('--steps', 2, '--lr', 0, *init, '--out', 'again') == 0
+    start, again = ({name: value for name, value in weights(out).items() if not name.startswith('encoder.')}
+                    for out in (script.out, 'again'))
+    assert same(start, again)
+    refused(script.module, [*script.small, '--width', 16, *init, '--out', 'x'], 'final.pt does not fit', '16', '8')
+    assert not Path('x').exists()
+
+
+@pytest.mark.parametrize('network, layer', [(unet.SongUNet, 'map_layer1'), (unet.EDM2UNet, 'emb_noise')])
+def test_noise_levels_are_float32_in_16_bit_networks(network, layer):
+    """Neighbouring levels t and r differ as they do in float32: their embedding is not rounded to 16 bits."""
+    torch.manual_seed(0)
+    model, outs = network(8, 3, 3, model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[]).eval(), []
+    getattr(model, layer).register_forward_hook(lambda module, x, out: outs.append(out.float()))
+    t = torch.tensor([1.0, 1.0 - 1 / 256])
+    for precision in ('fp32', 'bf16'):
+        common.network(model, precision)(torch.zeros(2, 3, 8, 8), t.log() / 4)
+    assert torch.equal(*outs) and not torch.equal(*outs[0])
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize('name', ['sct', 'gc_ct'])
+def test_cifar10_trains_and_scores(name, real, few_shapes, capsys):
+    data, script = real('cifar-10-batches-bin').parent, Script(name)
+    cifar = ['--dataset', 'cifar10', '--data-dir', data, '--init', 'none']
+    size = ['--ref-size', 100] if name == 'sct' else []
+    assert script.run(*cifar, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 4, *size) == 0
+    flags = ['--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels']
+    assert script.run('--evaluate', f'runs/{name}-cifar10', *flags) == 0
+    assert 'against the 50,000 training images' in capsys.readouterr().out
