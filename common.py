@@ -886,8 +886,8 @@ FREE_FLAGS = NOT_KEPT | set('data_dir steps microbatch compile out gpus device s
 def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', free=''):
     """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
 
-    `presets[dataset, value]` are those for a value of the flag `switch`; free: flags that only sampling reads; example:
-    of add_flags', in --help. `args.use` is the checkpoint of --sample, --evaluate or --analyse.
+    `presets[dataset, value]` are those for a value of the flag `switch`; free: flags that a resumption may change;
+    example: of add_flags', in --help. `args.use` is the checkpoint of --sample, --evaluate or --analyse.
     """
     names = ', '.join(name for name in presets if isinstance(name, str))
     parser = argparse.ArgumentParser(
