@@ -153,12 +153,6 @@ def test_more_references_than_a_class_has_are_said_once(capsys):
 
 # Schedule and phases
 
-def test_schedules():
-    at = [0, 100, 125, 500, 990, 1500]
-    assert [sct.stage_at(step, 1000, 8, 'ect') for step in at] == [0, 0, 1, 4, 7, 7]
-    assert [sct.stage_at(step, 1000, 8, 'smooth') for step in at] == [0, 0.8, 1, 4, 7.92, 8]
-
-
 def test_phase_edges_and_floors():
     assert sct.phase_edges(1) == [0, 80]
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
@@ -230,24 +224,6 @@ def test_phased_sampling_follows_the_exact_flow(phases):
     close(asked, [80 if s == 80 else eta * s for eta in (0.5, 0.7) for s in sct.phase_edges(phases)[:0:-1]])
     with pytest.raises(common.UserError, match='phases'):
         sct.sample(model, 4, phases + 1)
-
-
-def test_edge_skipping_spares_the_place_where_a_smooth_network_must_fail():
-    """A network with a Lipschitz bound cannot jump at an edge. Around the edge s its output ramps between the two
-    phases' exact functions, over +-10 % in t; so at t = s itself it is half wrong, and at eta s, eta < 1, less so.
-    """
-    s = sct.phase_edges(2)[1]
-    exact, one_phase = gaussian_phase_network(sct.phase_edges(2)), gaussian_phase_network([0.0, 80.0])
-
-    def ramp(x_in, c_noise, y=None):
-        t = wide((4 * c_noise).exp())
-        share = ((t / s - 0.9) / 0.2).clamp(0, 1)                               # 0 below the edge, 1 above it
-        above = exact(x_in, torch.maximum(c_noise, torch.tensor(math.log(1.1 * s) / 4)))
-        return torch.where(t > 1.1 * s, exact(x_in, c_noise), (1 - share) * one_phase(x_in, c_noise) + share * above)
-    model = model_of(ramp, phases=2)
-    end = (80 * common.randn((500, 1, 1, 1), 0, 0, 'sample') / (1 + 80 ** 2) ** 0.5).clamp(-1, 1)
-    error = {eta: (sct.sample(model, 500, 2, eta=eta) - end).square().mean().sqrt().item() for eta in (1.0, 0.95, 0.9)}
-    assert error[0.9] < error[0.95] < error[1.0] and error[0.9] < error[1.0] / 2
 
 
 # Guidance, analysis, flags

@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 import vct
-from conftest import SCRIPTS, TINY_NETWORK, Script, close, draws, lines, model_of, same, toy, weights, wide
+from conftest import TINY_NETWORK, Script, close, draws, lines, model_of, same, toy, weights, wide
 
 pytestmark = pytest.mark.usefixtures('few_shapes')
 GOLDEN = np.load(Path(__file__).parent / 'data/vct_losses.npz')
@@ -91,14 +91,6 @@ def test_one_step_needs_no_encoder_and_stays_within_range():
 
 # Properties
 
-def test_both_paths_lead_from_image_to_noise():
-    x0, eps, end = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.full((2,), 80.0)
-    for kernel in ('ve', 'li'):
-        assert torch.equal(vct.path(x0, eps, torch.zeros(2), kernel), x0)
-    assert torch.equal(vct.path(x0, eps, end, 'li'), 80 * eps)
-    assert torch.equal(vct.path(x0, eps, end, 've'), x0 + 80 * eps)
-
-
 def test_emitted_noise_and_its_kl_are_the_closed_form():
     mu, std, n, y = torch.randn(4, 3, 2, 2), torch.rand(4, 3, 2, 2) + 0.01, torch.randn(4, 3, 2, 2), torch.arange(4)
     asked = []
@@ -112,36 +104,32 @@ def test_emitted_noise_and_its_kl_are_the_closed_form():
 
 @pytest.mark.parametrize('c', [0.0, 0.03])
 @pytest.mark.parametrize('huber', ['elementwise', 'vector'])
-def test_distance_and_its_gradient_at_zero(huber, c):
+def test_the_distance(huber, c):
     u = torch.randn(3, 2, 2, 2, dtype=torch.float64)
     size = u.abs().flatten(1) if huber == 'elementwise' else u.flatten(1).norm(dim=1, keepdim=True)
     torch.testing.assert_close(vct.pseudo_huber(u, c, huber), ((size ** 2 + c ** 2) ** 0.5 - c).sum(1))
-    zero = torch.zeros(3, 2, 2, 2, requires_grad=True)
-    vct.pseudo_huber(zero, c, huber).sum().backward()
-    assert torch.equal(zero.grad, torch.zeros_like(zero))
 
 
 def test_the_encoder_learns_what_makes_the_pairs_agree():
     """Two images; joint training moves their noise apart, as far as the KL term allows, and lowers the loss."""
-    images, distances, means = wide(torch.tensor([-1.0, 1.0])).expand(-1, 1, 2, 2), {}, {}
+    x0, found = wide(torch.tensor([-1.0, 1.0])).expand(-1, 1, 2, 2).repeat(32, 1, 1, 1), {}
     for beta in (0.1, 1e4):
         torch.manual_seed(0)
         mean, width = torch.nn.Parameter(torch.tensor(0.01)), torch.nn.Parameter(torch.tensor(0.5413))
         encoder = lambda x, c, y=None: torch.cat([mean * x, width.expand_as(x)], 1)
         layers = torch.nn.Sequential(torch.nn.Linear(5, 32), torch.nn.SiLU(), torch.nn.Linear(32, 4))
         net = lambda x, c, y=None: layers(torch.cat([x.flatten(1), c[:, None]], 1)).view_as(x)
-        optimizer = torch.optim.Adam([mean, width, *layers.parameters()], lr=1e-2)
+        optimizer, distances = torch.optim.Adam([mean, width, *layers.parameters()], lr=1e-2), []
         for step in range(300):
-            x0, n = images.repeat(32, 1, 1, 1), common.randn((64, 1, 2, 2), step)
             t = vct.upper_level(common.randn((64,), step, 't'), 0.0, 1.0)
-            eps, kl = vct.emit(encoder, x0, n)
+            eps, kl = vct.emit(encoder, x0, common.randn((64, 1, 2, 2), step))
             value = vct.loss(net, vct.path(x0, eps, t), t, vct.path(x0, eps, t / 2), t / 2)
             optimizer.zero_grad()
             (value + vct.kl_weight(beta, 80.0, 40.0) * kl).mean().backward()
             optimizer.step()
-            distances[beta] = distances.get(beta, 0) + (value * t / 2).mean().item() * (step >= 250)
-        means[beta] = abs(mean.item())
-    assert means[0.1] > 0.2 > 0.05 > means[1e4] and distances[0.1] < 0.8 * distances[1e4]
+            distances.append((value * t / 2).mean().item())
+        found[beta] = abs(mean.item()), sum(distances[250:])
+    assert found[0.1][0] > 0.2 > 0.05 > found[1e4][0] and found[0.1][1] < 0.8 * found[1e4][1]
 
 
 # Runs
@@ -190,13 +178,6 @@ def test_the_kl_weight_of_other_losses(monkeypatch):
         assert line['kl'] > 1
 
 
-def test_in_pretraining_the_encoders_noise_becomes_independent():
-    flags = ['--base', 'ecm', '--steps', 40, '--pretrain-steps', 40, '--eval-every', 40, '--save-every', 40]
-    assert VCT.train(*flags, '--sample-every', 40) == 0
-    kl = [line['kl'] for line in lines(VCT.out) if 'kl' in line]
-    assert kl[-1] < kl[0] / 5
-
-
 def first_gradients(out):
     """{name: gradient of the first step} as Adam has kept it, after a run of one step."""
     moments = weights(out, 'checkpoint.pt')['optimizer']['state']
@@ -209,8 +190,8 @@ def test_the_gradient_reaches_the_encoder_and_is_clipped_as_a_whole():
         assert VCT.train('--steps', 1, '--clip', clip, '--out', clip) == 0
     free, clipped = first_gradients('0'), first_gradients('1.5')
     norm = torch.stack([g.norm() for g in free.values()]).norm()
-    assert norm > 3 and {line['grad_norm'] for out in ('0', '1.5') for line in lines(out)[:1]} == {
-        pytest.approx(norm.item(), rel=1e-4)}
+    close([lines(out)[0]['grad_norm'] for out in ('0', '1.5')], norm)
+    assert norm > 3
     for name, gradient in clipped.items():
         torch.testing.assert_close(gradient, free[name] * 1.5 / norm, rtol=1e-3, atol=1e-7)
     assert any(g.abs().max() > 1e-4 for name, g in free.items() if name.startswith('encoder.'))
@@ -225,13 +206,13 @@ def test_a_gradient_that_is_not_finite_is_zeroed_before_clipping(monkeypatch):
         params[0].grad.view(-1)[0] = torch.inf
         return finish(params, precision)
     monkeypatch.setattr(common, 'finish_gradients', spoil)
-    assert VCT.train('--ema', 0) == VCT.train('--lr', 0, '--out', 'start') == 0
+    assert VCT.train('--ema', 0, '--steps', 1) == VCT.train('--lr', 0, '--steps', 1, '--out', 'start') == 0
     assert all(value.isfinite().all() for value in weights(VCT.out).values())
     assert not torch.equal(*(weights(out)['dec.8x8_aux_conv.weight'] for out in ('start', VCT.out)))
 
 
 def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
-    """In training, keyed; student and teacher keep the same one; a run that was cut short goes on bit for bit."""
+    """In training, keyed; student and teacher keep the same one. Sampling drops nothing."""
     masks, plain = [], torch.nn.functional.dropout
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -239,9 +220,8 @@ def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
             masks.append((x.shape, bytes(torch.get_rng_state().numpy())))
         return plain(x, p, training, inplace)
     monkeypatch.setattr(torch.nn.functional, 'dropout', dropout)
-    flags = ['--dropout', 0.5, '--microbatch', 4, '--out']
-    assert VCT.train(*flags, 'whole') == 0
-    net = vct.load('whole')
+    assert VCT.train('--dropout', 0.5, '--microbatch', 4) == 0
+    net = vct.load(VCT.out)
     n, both = (sum(hasattr(m, 'dropout') for m in part.modules()) for part in (net.encoder, net))
     encoder, student, teacher = masks[:n], masks[n:both], masks[both:2 * both - n]
     assert student == teacher and encoder[0][1] != student[0][1] and n > 0
@@ -250,24 +230,6 @@ def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
     masks.clear()
     vct.sample(net, 4, nfe=2)
     assert not masks
-    monkeypatch.setattr(common.Log, 'step', lambda log, number, step=common.Log.step, **values: (
-        setattr(log, 'signal', number == 2), step(log, number, **values))[1])
-    assert VCT.train(*flags, 'cut') == 0 and len(lines('cut')) == 2
-    assert VCT.run('--resume', '--out', 'cut') == 0 and same(weights('whole'), weights('cut'))
-
-
-@pytest.mark.parametrize('kernel', ['ve', 'li'])
-def test_sampling_in_two_steps_adds_the_noise_that_the_encoder_emits(kernel):
-    assert VCT.train('--kernel', kernel, '--lr', 0.01, '--ema', 0.5, '--steps', 2) == 0
-    model, y = vct.load(VCT.out), torch.arange(12) % 10
-    net, encoder = (common.network(part, 'fp32') for part in (model, model.encoder))
-    first = vct.f(net, 80 * common.randn((12, 3, 8, 8), 3, 0, 'sample'), torch.full((12,), 80.0), y, 0.002, kernel)
-    torch.testing.assert_close(vct.sample(model, 12, seed=3), first.clamp(-1, 1))
-    mu, std = vct.encode(encoder, first, y)
-    eps = mu + std * common.randn((12, 3, 8, 8), 3, 1, 'sample')
-    x = (1 if kernel == 've' else 1 - 0.821 / 80) * first + 0.821 * eps
-    second = vct.f(net, x, torch.full((12,), 0.821), y, 0.002, kernel)
-    torch.testing.assert_close(vct.sample(model, 12, nfe=2, seed=3), second.clamp(-1, 1))
 
 
 @pytest.mark.parametrize('base', ['ict', 'ecm'])
@@ -318,17 +280,17 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes()
 
 
-def fashion(folder, images=None, labels=None, pack=False):
+IMAGES, LABELS = idx(np.arange(30)[:, None, None] * np.ones((1, 28, 28))), idx(np.arange(30) % 10)
+
+
+def fashion(folder, images=IMAGES, labels=LABELS, pack=False):
     """Tiny idx files of 30 pictures, picture i grey level i, label i % 10."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = np.arange(30)[:, None, None] * np.ones((1, 28, 28)) if images is None else images
-    for name, array in [('images-idx3', images), ('labels-idx1', np.arange(30) % 10 if labels is None else labels)]:
-        data = array if isinstance(array, bytes) else idx(array)
+    for name, data in [('images-idx3', images), ('labels-idx1', labels)]:
         (folder / f'train-{name}-ubyte{".gz" * pack}').write_bytes(gzip.compress(data) if pack else data)
 
 
-@pytest.mark.parametrize('pack', [False, True])
-@pytest.mark.parametrize('place', ['.', 'fashion-mnist'])
+@pytest.mark.parametrize('place, pack', [('.', False), ('fashion-mnist', True)])
 def test_fmnist_is_found(tmp_path, place, pack):
     fashion(tmp_path / place, pack=pack)
     data = common.fmnist(tmp_path)
@@ -338,46 +300,46 @@ def test_fmnist_is_found(tmp_path, place, pack):
 
 
 def test_fmnist_is_downloaded_and_checked(tmp_path, monkeypatch):
-    fashion(tmp_path / 'served', pack=True)
-    monkeypatch.setattr(common, 'FMNIST_URL', (tmp_path / 'served').as_uri())
-    with pytest.raises(common.UserError, match='train-images-idx3-ubyte.gz has md5'):
-        common.fmnist(tmp_path / 'a')
-    assert not (tmp_path / 'a').exists()
-    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted((tmp_path / 'served').iterdir())}
-    monkeypatch.setattr(common, 'FMNIST_MD5', md5)
-    assert len(common.fmnist(tmp_path / 'a').images) == 30
-    assert sorted(path.name for path in (tmp_path / 'a/fashion-mnist').iterdir()) == sorted(md5)
-
-
-def test_fmnist_that_is_damaged_or_not_to_be_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, 'FMNIST_URL', (tmp_path / 'nowhere').as_uri())
+    served, home = tmp_path / 'served', tmp_path / 'a'
+    monkeypatch.setattr(common, 'FMNIST_URL', served.as_uri())
     with pytest.raises(common.UserError, match='could not be downloaded'):
-        common.fmnist(tmp_path / 'a')
-    good = idx(np.zeros((30, 28, 28)))
-    for images, labels in [
-            (good[:-1], None), (good + b'x', None), (b'', None), (b'PNG' + good, None), (good, b''), (good, b'x' * 38),
-            (idx(np.zeros((30, 28))), None), (good, np.zeros(29)), (good, np.full(30, 10)),
-            (idx(np.zeros((30, 27, 28))), None), (idx(np.zeros((0, 28, 28))), np.zeros(0))]:
-        fashion(tmp_path / 'c', images, labels)
-        with pytest.raises(common.UserError, match='is not Fashion-MNIST: damaged or cut short|cannot be read'):
-            common.fmnist(tmp_path / 'c')
-    fashion(tmp_path / 'd', pack=True)
-    packed = tmp_path / 'd/train-images-idx3-ubyte.gz'
-    for data in (packed.read_bytes()[:-20], b'no gzip', packed.read_bytes()[:40] + bytes(40)):
-        packed.write_bytes(data)
-        with pytest.raises(common.UserError, match='cannot be read'):
-            common.fmnist(tmp_path / 'd')
+        common.fmnist(home)
+    fashion(served, pack=True)
+    with pytest.raises(common.UserError, match='train-images-idx3-ubyte.gz has md5'):
+        common.fmnist(home)
+    assert not home.exists()
+    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted(served.iterdir())}
+    monkeypatch.setattr(common, 'FMNIST_MD5', md5)
+    assert len(common.fmnist(home).images) == 30
+    assert sorted(path.name for path in (home / 'fashion-mnist').iterdir()) == sorted(md5)
+
+
+@pytest.mark.parametrize('images, labels', [
+    (IMAGES[:-1], LABELS), (IMAGES + b'x', LABELS), (b'', LABELS), (b'PNG' + IMAGES, LABELS), (IMAGES, b''),
+    (IMAGES, b'x' * 38), (idx(np.zeros((30, 28))), LABELS), (IMAGES, LABELS[:-1]), (IMAGES, idx(np.full(30, 10))),
+    (idx(np.zeros((30, 27, 28))), LABELS), (idx(np.zeros((0, 28, 28))), idx(np.zeros(0)))])
+def test_fmnist_that_is_damaged(images, labels, tmp_path):
+    fashion(tmp_path, images, labels)
+    with pytest.raises(common.UserError, match='is not Fashion-MNIST: damaged or cut short|cannot be read'):
+        common.fmnist(tmp_path)
+
+
+@pytest.mark.parametrize('spoil', [lambda data: data[:-20], lambda data: b'no gzip', lambda data: data[:40] + bytes(40)])
+def test_packed_fmnist_that_is_damaged(spoil, tmp_path):
+    fashion(tmp_path, pack=True)
+    packed = tmp_path / 'train-images-idx3-ubyte.gz'
+    packed.write_bytes(spoil(packed.read_bytes()))
+    with pytest.raises(common.UserError, match='cannot be read'):
+        common.fmnist(tmp_path)
 
 
 def test_grey_pictures_train_sample_and_score(tmp_path, capsys):
     fashion(tmp_path / 'data')
-    grey = ['--dataset', 'fmnist', *TINY_NETWORK, *SCRIPTS['vct'], '--batch', 8, '--steps', 2, '--sample-every', 2,
-            '--eval-every', 2, '--fid-num', 10, '--fid-features', 'pixels']
-    assert VCT.run(*grey, '--cond', '--base', 'ecm') == 0
+    flags = ['--dataset', 'fmnist', *TINY_NETWORK, '--pretrain-steps', 0, '--batch', 8, '--steps', 2, '--base', 'ecm']
+    assert VCT.run(*flags, '--cond', '--sample-every', 2, '--fid-num', 10, '--fid-features', 'pixels') == 0
     out = Path('runs/vct-fmnist')
-    assert vct.sample(vct.load(out), 3, nfe=2).shape == (3, 1, 28, 28)
-    assert VCT.run('--sample', out, '--n', 4) == VCT.run('--evaluate', out, '--nfe', '1,2') == 0
-    assert 'pixel-FD (10 images against the 30 training images), 2 steps: ' in capsys.readouterr().out
+    assert vct.sample(vct.load(out), 3, nfe=2).shape == (3, 1, 28, 28) and VCT.run('--evaluate', out) == 0
+    assert 'pixel-FD (10 images against the 30 training images), 1 step: ' in capsys.readouterr().out
     assert Image.open(out / 'samples/0000002.png').size == (8 * 58 + 2, 8 * 58 + 2)
 
 
