@@ -275,7 +275,8 @@ class MPBlock(nn.Module):
     def __init__(self, emb_channels, per_head, encoder, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
         self.encoder, self.up, self.down, self.dropout = encoder, up, down, dropout
-        self.heads = out_channels // per_head if attention else 0
+        heads = [n for n in range(1, out_channels // per_head + 1) if out_channels % n == 0]
+        self.heads = max(heads, default=0) if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels)
