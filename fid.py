@@ -11,6 +11,7 @@ float64 statistics, and 50,000 samples against the whole training set. Anything 
 """
 import argparse
 import hashlib
+import os
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -196,7 +197,7 @@ def dataset_statistics(images, features, kind, home):
     if dist.is_initialized():
         dist.broadcast_object_list(found)           # one process decides for all whether there is anything to measure
     mu, cov, n = found[0] or measure(len(images), lambda first, n: images[first:first + n], features)
-    if cache and not found[0]:
+    if cache and not found[0] and os.access(home, os.W_OK):          # data may lie where nobody may write
         common.write_atomic(cache, lambda file: np.savez(file, mu=mu, sigma=cov, n=n))
     return mu, cov, n
 
@@ -233,12 +234,13 @@ def prepare(args, device, data=None):
     return features, f'{kind} ({args.fid_num:,} images against {against}{classes})', reference
 
 
-def evaluate(judge, args, draw):
-    """Prints the distances of --fid-num images in [-1, 1], draw(n, nfe, seed, first), by --nfe. -> {name: distance}"""
-    features, name, reference = judge
+def evaluate(fid_reference, args, sample_fn):
+    """Prints the distances of --fid-num images in [-1, 1], sample_fn(n, nfe, seed, first), by --nfe. -> {name: distance}"""
+    features, name, reference = fid_reference
     found = {}
     for nfe in args.nfe:        # each lot has a seed, whichever process makes it, and classes from number `first` on
-        images = lambda first, n: common.to_uint8(draw(n, nfe, seed=common.key(args.seed, first // LOT), first=first))
+        seed = lambda first: common.key(args.seed, first // LOT)
+        images = lambda first, n: common.to_uint8(sample_fn(n, nfe, seed=seed(first), first=first))
         value = frechet_distance(*measure(args.fid_num, images, features)[:2], *reference[:2])
         common.print0(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
         found[f'{name}, {nfe} step'] = value
@@ -279,8 +281,7 @@ def main(argv=None):
     if args.against.endswith('.npz'):
         mu, cov, n = load_statistics(args.against)
     else:
-        others = read_pictures(args.against, args.resolution)[:args.against_num]
-        mu, cov, n = dataset_statistics(others, features, kind, None)
+        mu, cov, n = dataset_statistics(read_pictures(args.against, args.resolution)[:args.against_num], features, kind, None)
     value = frechet_distance(*dataset_statistics(images, features, kind, None)[:2], mu, cov)
     against = f'{n:,} of {args.against}' if n else args.against
     print(f'{kind} ({len(images):,} images against {against}): {value:.4f}')
