@@ -2,10 +2,9 @@
 
     FID = |mu1 - mu2|² + Tr(C1 + C2 - 2 sqrt(C1 C2))
 
-between the means and covariances of Inception features of two sets of images. What makes it *the* FID: the Inception
-graph of 2015-12-05 (average pooling that ignores the padding, one max pooling in its last block), TensorFlow 1's
-bilinear resize to 299 (no half-pixel offset, unlike PyTorch's), pixels (x - 128) / 128, features of the last pooling,
-float64 statistics, and 50,000 samples against the whole training set. Anything else is printed with what differs.
+of the means and covariances of two sets' Inception features. What makes it *the* FID: the Inception graph of 2015-12-05
+(average pooling that ignores the padding), TensorFlow 1's bilinear resize to 299 (no half-pixel offset, unlike
+PyTorch's), float64 statistics, 50,000 samples against the training set. All else is printed with what differs.
 
     python fid.py IMAGES --against IMAGES|STATS.npz [--num N] [--against-num N]
 """
@@ -235,9 +234,8 @@ def prepare(args, device, data=None):
 
 
 def evaluate(fid_reference, args, sample_fn):
-    """Prints the distances of --fid-num images in [-1, 1], sample_fn(n, nfe, seed, first), by --nfe. -> {name: distance}"""
-    features, name, reference = fid_reference
-    found = {}
+    """Prints the distances of --fid-num images sample_fn(n, nfe, seed, first), by --nfe. -> {name: distance}"""
+    (features, name, reference), found = fid_reference, {}
     for nfe in args.nfe:        # each lot has a seed, whichever process makes it, and classes from number `first` on
         seed = lambda first: common.key(args.seed, first // LOT)
         images = lambda first, n: common.to_uint8(sample_fn(n, nfe, seed=seed(first), first=first))
@@ -281,7 +279,8 @@ def main(argv=None):
     if args.against.endswith('.npz'):
         mu, cov, n = load_statistics(args.against)
     else:
-        mu, cov, n = dataset_statistics(read_pictures(args.against, args.resolution)[:args.against_num], features, kind, None)
+        others = read_pictures(args.against, args.resolution)[:args.against_num]
+        mu, cov, n = dataset_statistics(others, features, kind, None)
     value = frechet_distance(*dataset_statistics(images, features, kind, None)[:2], mu, cov)
     against = f'{n:,} of {args.against}' if n else args.against
     print(f'{kind} ({len(images):,} images against {against}): {value:.4f}')
