@@ -1,7 +1,6 @@
-"""Plumbing that the paper scripts share: keyed randomness, steps, data, logs, checkpoints, pictures, processes, flags.
+"""Plumbing that the paper scripts share: functions to call, first those that a training loop calls in every step.
 
-Functions to call, not a framework to fit into: a script's `train` is a plain loop that calls what it needs, and what it
-calls in every step comes first here. Nothing in this file knows an algorithm.
+Nothing in this file knows an algorithm.
 """
 import argparse
 import cmath
@@ -12,12 +11,12 @@ import datetime
 import functools
 import gzip
 import hashlib
-import inspect
 import io
 import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -51,12 +51,12 @@ def generator(*parts, device='cpu'):
 
 
 def randn(shape, *parts, device='cpu'):
-    """Standard normal numbers of `shape` from the generator named by `parts`."""
+    """Standard normal numbers, keyed by `parts`."""
     return torch.randn(shape, generator=generator(*parts, device=device), device=device)
 
 
 def rand(shape, *parts, device='cpu'):
-    """Numbers of `shape`, uniform in [0, 1), from the generator named by `parts`."""
+    """Uniform numbers in [0, 1), keyed by `parts`."""
     return torch.rand(shape, generator=generator(*parts, device=device), device=device)
 
 
@@ -80,6 +80,10 @@ def mirror(images, *parts):
 
 # 2. A training step
 
+DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients within float16's range; `finish_gradients` undoes it
+
+
 def rank_slice(batch):
     """The part of a global batch that is this process's."""
     share = batch // world_size()
@@ -88,26 +92,22 @@ def rank_slice(batch):
 
 def network(net, precision):
     """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None."""
-    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision)
-    classes = getattr(net, 'module', net).label_dim
+    dtype, classes = DTYPES[precision], getattr(net, 'module', net).label_dim
 
     def call(x, noise_labels, y=None):
         y = torch.nn.functional.one_hot(y, classes).float() if classes and y is not None else None
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             return net(x.contiguous(memory_format=torch.channels_last), noise_labels, y).float()
     return call
 
 
 def microbatches(net, args, step):
-    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout masks.
-
-    Gradients are averaged over the processes in the last one alone.
-    """
+    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout masks."""
     n = args.batch // world_size()
     size = args.microbatch or n
     for i, at in enumerate(range(0, n, size)):
         if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-            net.require_backward_grad_sync = at + size >= n
+            net.require_backward_grad_sync = at + size >= n         # processes average their gradients in the last one
         yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
 
 
@@ -124,14 +124,8 @@ def true_float32():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-LOSS_SCALE = {'fp16': 1024.0}       # keeps small gradients within float16's range; `finish_gradients` undoes it
-
-
 def backward(values, n, precision):
-    """Back-propagates the mean of a loss over n samples, of which values (b,) are some. -> this part of the mean
-
-    values may be (k, b): the loss, and what is to be averaged with it, for the log. -> (k,)
-    """
+    """Back-propagates b of n samples' share in the mean loss: values (b,), or row 0 of (k, b). -> shares, () or (k,)"""
     means = values.sum(-1) / n
     (means.view(-1)[0] * LOSS_SCALE.get(precision, 1.0)).backward()
     return means.detach()
@@ -187,26 +181,22 @@ def to_uint8(x):
 
 
 def load_data(args, device):
-    """The data set that the flags name. `--cond` needs labels; without it they are all 0.
-
-    Sets args.resolution, args.in_channels and args.label_dim to the data's; refuses --labels that it has not. The
-    images go to the device if they fill at most half of the memory that is free there.
-    """
+    """The data set of --dataset; sets args.resolution, in_channels, label_dim to its own. Labels 0 without --cond."""
     root = Path(args.data_dir)
     with one_first():
         known = dict(shapes=lambda: shapes(resolution=args.resolution), cifar10=lambda: cifar10(root),
                      fmnist=lambda: fmnist(root))
         data = known.get(args.dataset, lambda: image_folder(root, args.resolution))()
-    size = data.images.shape[-1]
+    n, channels, size, _ = data.images.shape
     if args.resolution not in (None, size):
         raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
     if args.cond and data.labels is None:
         raise UserError(f'--cond: {root} has no labels (class sub-folders or a dataset.json)')
     if not args.cond:
-        data = data._replace(labels=torch.zeros(len(data.images), dtype=torch.int64), classes=0)
-    args.resolution, args.in_channels, args.label_dim = size, data.images.shape[1], data.classes
-    choose_labels(1, args.labels, args.label_dim)
-    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+        data = data._replace(labels=torch.zeros(n, dtype=torch.int64), classes=0)
+    args.resolution, args.in_channels, args.label_dim = size, channels, data.classes
+    choose_labels(1, args.labels, args.label_dim)                   # refuses those that the data have not
+    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:     # the free memory
         data = data._replace(images=data.images.to(device))
     return data
 
@@ -253,9 +243,8 @@ DAMAGED = 'damaged or cut short; delete it and get it again'
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 FMNIST_URL = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
-FMNIST_MD5 = {
-    'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-    'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe'}
+FMNIST_MD5 = {'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+              'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe'}
 
 
 def cifar10(root):
@@ -263,13 +252,13 @@ def cifar10(root):
     names = [f'data_batch_{i}.bin' for i in range(1, 6)]
     folder = root if (root / names[0]).exists() else root / 'cifar-10-batches-bin'
     archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
-    if folder.is_dir():
-        with or_refuse(f'CIFAR-10 in {folder} is incomplete'):
-            parts = [(folder / name).read_bytes() for name in names]
-    else:
+    read = lambda name: (folder / name).read_bytes()
+    if not folder.is_dir():
         download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
-        with tarfile.open(archive) as tar:       # read in place: nothing is unpacked to where the archive says
-            parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
+        tar = tarfile.open(archive)                             # read in place: nothing is unpacked
+        read = lambda name: tar.extractfile(f'cifar-10-batches-bin/{name}').read()
+    with or_refuse(f'CIFAR-10 in {folder} is incomplete'):
+        parts = [read(name) for name in names]
     images, labels = zip(*[cifar10_records(part, folder / name) for part, name in zip(parts, names)])
     return Data(torch.cat(images), torch.cat(labels), 10, archive.parent)
 
@@ -317,23 +306,19 @@ def read_image(data, resolution=None):
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def folder_or_zip(root):
-    """-> names of the files in it, at any depth, and a function from a name to the file's bytes."""
-    if root.is_dir():
-        names = [path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()]
-        return names, lambda name: (root / name).read_bytes()
-    with or_refuse(f'{root} is no folder or zip of images'):
-        archive = zipfile.ZipFile(root)                 # read in place: no path in it is ever written to
-    return archive.namelist(), archive.read
-
-
 def image_folder(root, resolution=None):
     """All images in a folder or zip, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
 
     With `resolution` they are cropped to the central square and resized; without it they must be squares of one size.
     What fills more than MAPPED bytes is decoded once, into a file beside the folder, and read from there.
     """
-    names, read = folder_or_zip(root)
+    if root.is_dir():
+        names = [path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()]
+        read = lambda name: (root / name).read_bytes()
+    else:
+        with or_refuse(f'{root} is no folder or zip of images'):
+            archive = zipfile.ZipFile(root)                     # read in place: nothing is unpacked
+        names, read = archive.namelist(), archive.read
     files = sorted(n for n in names if n.lower().endswith(IMAGE_FILES) and not Path(n).name.startswith('._'))
     if not files:
         raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
@@ -343,12 +328,12 @@ def image_folder(root, resolution=None):
             return read_image(read(name), resolution)
 
     def decoded():
-        with concurrent.futures.ThreadPoolExecutor() as pool:         # decoding runs outside Python's lock
-            for name, image in zip(files, progress(pool.map(load, files), f'reading {root}', len(files))):
-                if image.shape != shape[1:]:
-                    raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
-                                    '--resolution N brings all images to one square')
-                yield image
+        pool = concurrent.futures.ThreadPoolExecutor()          # decoding runs outside Python's lock
+        for name, image in zip(progress(files, f'reading {root}'), pool.map(load, files)):
+            if image.shape != shape[1:]:
+                raise UserError(f'{root}: {name} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}; '
+                                '--resolution N brings all images to one square')
+            yield image
 
     side = resolution or min(load(files[0]).shape[1:])
     shape = (len(files), 3, side, side)
@@ -385,7 +370,6 @@ def download(url, path, algorithm, digest):
     if not found.startswith(digest or ''):
         raise UserError(f'{path if there else url} has {algorithm} {found}, not {digest}: {DAMAGED}')
     if not there:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: file.write(data))
 
 
@@ -397,57 +381,38 @@ class Clock:
     def __init__(self, args, device):
         self.args, self.device, self.parts, self.last = args, device, {}, None
 
-    def now(self):
-        """Seconds, when the device has done its work."""
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def __call__(self, part):
         if self.last is not None:
-            self.parts[part] = self.parts.get(part, 0.0) + self.now() - self.last
-            self.last = self.now()
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+            self.last = now
 
     def steps(self, start):
         """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
-        if not self.args.benchmark:
+        n, batch, precision = self.args.benchmark, self.args.batch, self.args.precision
+        if not n:
             yield from range(start, self.args.steps)
             return
-        torch.compiler.set_stance('force_eager')                # the counter does not see into compiled code
-        with FlopCounterMode(display=False) as counter:
-            yield start
-        torch.compiler.set_stance('default')
+        with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
+            yield start                                         # eager: the counter does not see into compiled code
         yield start + 1
-        if self.device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats()
-        products = []
-        for step in range(start + 2, start + 2 + self.args.benchmark):
-            products.append(self.product_rate())                # under the same conditions as the steps
-            self.last = self.now()
+        size, products = 8192 if self.device.type == 'cuda' else 2048, []
+        a = torch.randn(size, size, device=self.device, dtype=DTYPES[precision])
+        product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
+        for step in range(start + 2, start + 2 + n):
+            products.append(product.timeit(5).mean)             # under the same conditions as the steps
+            self.last = time.perf_counter()
             yield step
             self('log')
-            self.last = None
-        total, peak = sum(self.parts.values()) / self.args.benchmark, float(np.median(products))
-        rate = counter.get_total_flops() / total
-        cuda = self.device.type == 'cuda'
+        cuda, seconds = self.device.type == 'cuda', sum(self.parts.values()) / n
+        rate, best = counter.get_total_flops() / seconds / 1e12, 2 * size ** 3 / np.median(products) / 1e12
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        print0(f'{self.args.batch / total:,.1f} img/s, {total:.3f} s for a step of {self.args.batch} images, '
-               f'peak memory {memory / 2 ** 30:.2f} GiB')
-        print0(f'{rate / 1e12:.4g} TFLOP/s a process, {rate / peak:.1%} of the {peak / 1e12:.4g} of a '
-               f'{self.args.precision} matrix product alone')
+        print0(f'{batch / seconds:,.1f} img/s, {seconds:.3f} s a step, peak memory {memory / 2 ** 30:.2f} GiB')
+        print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in {precision}')
         for part, spent in self.parts.items():
-            print0(f'  {part:<16} {spent / self.args.benchmark:9.4f} s  {spent / self.args.benchmark / total:6.1%}')
-
-    def product_rate(self):
-        """Operations per second of a large matrix product, which few networks outrun."""
-        dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(self.args.precision, torch.float32)
-        n = 8192 if self.device.type == 'cuda' else 2048
-        a = torch.randn(n, n, device=self.device, dtype=dtype)
-        a @ a                                                   # warms up
-        begin = self.now()
-        for _ in range(5):
-            a @ a
-        return 5 * 2 * n ** 3 / (self.now() - begin)
+            print0(f'  {part:<16} {spent / n:9.4f} s  {spent / n / seconds:6.1%}')
 
 
 def read_metrics(path):
@@ -458,27 +423,21 @@ def read_metrics(path):
 
 
 class Log:
-    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM.
-
-    Values stay on the device until a whole block of steps is read at once: the loop never waits for them.
-    """
+    """metrics.jsonl with a line for every step, and one line of progress; notices Ctrl-C and SIGTERM."""
 
     def __init__(self, args, start, device):
         self.args, self.device, self.path = args, device, Path(args.out) / 'metrics.jsonl'
-        self.block = 1 if device.type == 'cpu' else 10          # steps between flushes: the same in all processes
+        self.block = 1 if device.type == 'cpu' else 10          # steps read from the device at once: no step waits
         self.pending, self.signal, self.stop = [], False, False
-        self.nonfinite, self.in_a_row = 0, 0                    # steps whose gradients were not finite
-        self.best = math.inf                                    # Fréchet distance
+        self.nonfinite, self.in_a_row, self.best = 0, 0, math.inf   # steps without finite gradients; Fréchet distance
         self.first, self.begin, self.shown = start, time.monotonic(), time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
         if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
             lines = [line for line in read_metrics(self.path) if line['step'] <= start]     # the rest is done again
             self.nonfinite = max((line.get('nonfinite', 0) for line in lines), default=0)
-            self.best = min((line['best'] for line in lines if 'best' in line), default=math.inf)
-            text = ''.join(json.dumps(line) + '\n' for line in lines)
-            write_atomic(self.path, lambda file: file.write(text.encode()))
+            self.best = min((line.get('best', math.inf) for line in lines), default=math.inf)
+            write_atomic(self.path, lambda file: file.writelines(json.dumps(line).encode() + b'\n' for line in lines))
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -497,7 +456,7 @@ class Log:
     def due(self, step, every):
         """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
         at_end = every and (step % every == 0 or step == self.args.steps)
-        return bool(at_end and not self.args.benchmark and not self.stop)
+        return at_end and not (self.args.benchmark or self.stop)
 
     def flush(self, step):
         """Writes pending values, averaged over the processes; UserError after 20 steps without finite gradients."""
@@ -511,22 +470,20 @@ class Log:
             bad = not all(map(math.isfinite, values.values()))
             self.nonfinite += bad
             self.in_a_row = bad * (self.in_a_row + 1)
-            shown = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
-            self.write({'step': number} | shown | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
+            noted = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
+            self.write({'step': number} | noted | ({'nonfinite': self.nonfinite} if self.nonfinite else {}))
             if self.in_a_row >= 20:
-                raise UserError(f'training diverged: gradients were not finite for 20 steps in a row, up to step '
-                                f'{number}; the last checkpoint in {self.args.out} is from before. Try a lower --lr '
-                                'or --precision fp32', code=1)
+                raise UserError(f'gradients were not finite for 20 steps in a row, up to step {number}. The last '
+                                'checkpoint is from before; try a lower --lr or --precision fp32', code=1)
         now, last = time.monotonic(), step == self.args.steps or self.stop
         if last or now - self.shown > (0.2 if sys.stdout.isatty() else 15):
             pace = (now - self.begin) / (step - self.first)                             # seconds a step
             text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-            print0(f'step {step:,}/{self.args.steps:,}  {text}  {self.args.batch / max(pace, 1e-9):,.0f} img/s  '
-                   f'{duration((self.args.steps - step) * pace)} left', refresh=not last)
+            text += f'  {self.args.batch / pace:,.0f} img/s  {duration((self.args.steps - step) * pace)} left'
+            print0(f'step {step:,}/{self.args.steps:,}  {text}', refresh=not last)
             self.shown = now
         if self.stop and not self.args.benchmark:
-            print0(f'stopping after step {step:,}; go on with: '
-                   f'python {self.args.script}.py --resume --out {self.args.out}')
+            print0(f'stopped after step {step:,}; go on: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, line):
         """Appends a dict to metrics.jsonl."""
@@ -543,10 +500,7 @@ class Log:
 
 
 def after_step(args, step, log, evaluate, sample_fn, ema, **parts):
-    """What is due after a step: Fréchet distances, pictures, a checkpoint. -> whether the run is to stop
-
-    evaluate() -> {name: distance}; sample_fn as a script's `sample`; parts as for `open_run`.
-    """
+    """What is due after a step: distances (of evaluate()), pictures, a checkpoint. -> whether to stop"""
     if log.due(step, args.eval_every) and log.evaluated(step, evaluate()):
         save_final(args, ema, 'best')
     if log.due(step, args.sample_every) and rank() == 0:
@@ -577,25 +531,20 @@ def open_run(args, **parts):
         return args.pretrain_steps                              # tuning, not its start, is timed
     if rank() == 0:
         with or_refuse(f'--out {out}'):
-            (out / 'samples').mkdir(parents=True, exist_ok=True)
             for pattern in ['*.part'] if args.resume else ['*.part', '*.pt', 'samples/*.png', 'metrics.jsonl']:
                 for path in out.glob(pattern):
                     path.unlink()
         write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
-    if dist.is_initialized():
-        dist.barrier()
     return step
 
 
 def write_atomic(path, write, previous=None):
-    """`write(file)` fills a file beside `path`, which then takes its name: nobody ever sees half of it.
-
-    The file that had the name before becomes `previous`, or goes.
-    """
+    """`write(file)` fills a file that then takes the name `path`, whole; the one there before becomes `previous`."""
     part = path.with_name(f'{path.name}.{os.getpid()}.part')            # another run may make the same file
     with or_refuse(f'{path} could not be written'):
         try:
-            with open(part, 'w+b') as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, 'wb') as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -623,11 +572,7 @@ def save_final(args, model, name='final'):
 
 
 def load_checkpoint(path):
-    """A run's folder, checkpoint.pt, or final.pt beside config.json -> dict with `ema`, `config` and perhaps more.
-
-    Only tensors and plain values are read (`weights_only`): no file can run code. From a folder whose checkpoint.pt is
-    damaged, the checkpoint before it.
-    """
+    """checkpoint.pt, final.pt beside config.json, or a folder: its first of CHECKPOINTS that is whole. -> dict"""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in CHECKPOINTS if (path / name).exists()] or [path / CHECKPOINTS[0]]
@@ -637,15 +582,12 @@ def load_checkpoint(path):
             except UserError as error:
                 print0(f'{error}; going back to {after.name}')
         path = found[-1]
-    if not path.exists():
-        raise UserError(f'{path}: there is no such checkpoint')
     with or_refuse(f'{path} cannot be read as a checkpoint'):
         with zipfile.ZipFile(path) as archive:                  # torch.load does not look at the checksums
             assert archive.testzip() is None, 'it is damaged'
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        assert state and isinstance(state, dict), 'there are no weights in it'
+        state = torch.load(path, map_location='cpu', weights_only=True)             # no file can run code
         state = state if 'config' in state else dict(ema=state, config=read_config(path.parent))
-        assert isinstance(state['config'], dict) and isinstance(state['ema'], dict), 'there are no weights in it'
+        assert isinstance(state['config'], dict) and state['ema'], 'there are no weights in it'
         return state
 
 
@@ -688,13 +630,12 @@ def save_grid(images, path, columns=None):
     """Images (N, C, H, W) in [-1, 1] -> one PNG, each magnified to about 64 pixels, row by row."""
     images = to_uint8(images.detach().float().cpu()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     n, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    zoom, gap = max(1, 64 // width), 2
-    across, down = width * zoom + gap, height * zoom + gap
-    sheet = Image.new('RGB', (columns * across + gap, math.ceil(n / columns) * down + gap), 'white')
+    columns, zoom = columns or math.ceil(math.sqrt(n)), max(1, 64 // width)
+    across, down = width * zoom + 2, height * zoom + 2              # with a gap
+    sheet = Image.new('RGB', (columns * across + 2, math.ceil(n / columns) * down + 2), 'white')
     for i, image in enumerate(images):
         tile = ImageOps.scale(Image.fromarray(image), zoom, Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * across, gap + i // columns * down))
+        sheet.paste(tile, (2 + i % columns * across, 2 + i // columns * down))
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
 
 
@@ -702,20 +643,8 @@ def picture_path(args, name):
     """Where --sample and --analyse put a picture: --out, or beside the checkpoint that they use."""
     source = Path(args.use)
     folder = Path(args.out) if args.out_given else source if source.is_dir() else source.parent
-    with or_refuse(f'{folder / name} cannot be written'):
-        folder.mkdir(parents=True, exist_ok=True)
     print0(str(folder / name))
     return folder / name
-
-
-def show_panels(args, panels, x_name):
-    """--analyse: prints {title: {name of a curve: [(x, y), ...]}} as tables and draws them, in `analyse.png`."""
-    for title, curves in panels.items():
-        print0(f'{title}\n{x_name[-8:]:>8} ' + ''.join(f'{name:>10}' for name in curves))
-        for points in zip(*curves.values()):
-            print0(f'{points[0][0]:8.4g} ' + ''.join(f'{y:10.4g}' for _, y in points))
-    if rank() == 0:
-        save_plot(panels, picture_path(args, 'analyse.png'), x_name)
 
 
 def save_samples(args, sample_fn):
@@ -729,6 +658,16 @@ def save_samples(args, sample_fn):
         save_grid(strips, picture_path(args, name), columns)
 
 
+def show_panels(args, panels, x_name):
+    """--analyse: prints {title: {name of a curve: [(x, y), ...]}} as tables and draws them, in `analyse.png`."""
+    for title, curves in panels.items():
+        print0(f'{title}\n{x_name[-8:]:>8} ' + ''.join(f'{name:>10}' for name in curves))
+        for points in zip(*curves.values()):
+            print0(f'{points[0][0]:8.4g} ' + ''.join(f'{y:10.4g}' for _, y in points))
+    if rank() == 0:
+        save_plot(panels, picture_path(args, 'analyse.png'), x_name)
+
+
 def save_curves(metrics, path):
     """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
     panels = {}
@@ -740,34 +679,30 @@ def save_curves(metrics, path):
 
 
 def save_plot(panels, path, x_name):
-    """Curves, each averaged to at most 200 points, as a PNG: panels {title: {name of a curve: [(x, y), ...]}}."""
+    """Panels {title: {name of a curve: [(x, y), ...]}} as a PNG, one below the other; curves of at most 200 points."""
     sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
     draw, inks = ImageDraw.Draw(sheet), ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8', '#888888']
-
-    def axis(values, log):
-        """-> values at both ends of an axis, function from values to shares of it"""
-        ends = [values.min(), values.max()]
-        low, high = np.log(ends) if log else ends
-        return ends, lambda v: ((np.log(v) if log else v) - low) / (high - low or 1)
-
     for row, (title, curves) in enumerate(panels.items()):
-        at = lambda x, y: (74 + 626 * x, 240 * row + 196 - 168 * y)         # shares of the axes -> pixels
-        parts = lambda points: np.array_split(np.array(points, float), min(len(points), 200))
-        curves = {name: np.array([part.mean(0) for part in parts(points)]) for name, points in curves.items()}
-        xs, ys = np.concatenate(list(curves.values())).T
-        log_y = ys.min() > 0 and ys.max() > 20 * ys.min()
-        (x_ends, x_share), (y_ends, y_share) = axis(xs, x_name == 'sigma'), axis(ys, log_y)
-        draw.rectangle([at(0, 1), at(1, 0)], outline='#bbbbbb')
-        draw.text(at(0, 1.05), title + (' (log scale)' if log_y else ''), 'black', font, anchor='ls')
-        draw.text(at(0.5, -0.05), x_name, 'black', font, anchor='ma')
-        for share, x, y, anchor in zip((0, 1), x_ends, y_ends, ('la', 'ra')):
-            draw.text(at(share, -0.05), f'{x:,.5g}', 'black', font, anchor=anchor)
-            draw.text(at(-0.01, share), f'{y:.4g}', 'black', font, anchor='rm')
+        parts = {name: np.array_split(points, min(len(points), 200)) for name, points in curves.items()}
+        curves = {name: np.array([part.mean(0) for part in parts[name]]) for name in curves}        # (n, 2) each
+        values = np.concatenate(list(curves.values()))
+        low, high = values.min(0), values.max(0)
+        logs = x_name == 'sigma', bool(low[1] > 0 and high[1] > 20 * low[1])
+        scale = lambda v: np.where(logs, np.log(np.maximum(v, 1e-30)), v)
+        share = lambda v: (scale(v) - scale(low)) / np.maximum(scale(high) - scale(low), 1e-30)
+        left, right, top, bottom = 74, 700, 240 * row + 28, 240 * row + 196
+        pixels = lambda v: [tuple(point) for point in share(v) * (right - left, top - bottom) + (left, bottom)]
+        draw.rectangle([left, top, right, bottom], outline='#bbbbbb')
+        draw.text((left, top - 8), title + ' (log scale)' * logs[1], 'black', font, anchor='ls')
+        draw.text((387, bottom + 8), x_name, 'black', font, anchor='ma')
+        for x, y, anchor, (x_value, y_value) in ((left, bottom, 'la', low), (right, top, 'ra', high)):
+            draw.text((x, bottom + 8), f'{x_value:,.5g}', 'black', font, anchor=anchor)
+            draw.text((left - 6, y), f'{y_value:.4g}', 'black', font, anchor='rm')
         for i, (name, curve) in enumerate(curves.items()):
-            x, y = at(x_share(curve[:, 0]), y_share(curve[:, 1]))
-            draw.line([*zip(x, y)], fill=inks[i], width=2)
-            draw.ellipse([x[-1] - 3, y[-1] - 3, x[-1] + 3, y[-1] + 3], fill=inks[i])        # shows a single point, too
-            draw.text(at(1 - 0.15 * (len(curves) - i), 1.05), name, inks[i], font, anchor='ls')
+            x, y = pixels(curve)[-1]
+            draw.line(pixels(curve), inks[i], 2)
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], inks[i])                     # shows a single point, too
+            draw.text((right - 94 * (len(curves) - i), top - 8), name, inks[i], font, anchor='ls')
     write_atomic(Path(path), lambda file: sheet.save(file, 'PNG'))
 
 
@@ -784,55 +719,48 @@ def world_size():
 
 
 def start(args):
-    """Joins the processes of this run and returns this process's device. With --dry-run, prints the settings instead.
-
-    Under torchrun or Slurm's srun the environment says who is who. Otherwise `--gpus N` starts N copies of this command
-    and this process waits for them and exits with their code.
-    """
+    """Joins the processes of torchrun, Slurm's srun or --gpus, which starts them here. -> this process's device"""
     if args.dry_run:
         print0(json.dumps(config_of(args), indent=2))
         sys.exit()
-    env, out, cuda = os.environ, Path(args.out), args.device != 'cpu' and torch.cuda.is_available()
+    env, out, gpus = os.environ, Path(args.out), torch.cuda.device_count() if args.device != 'cpu' else 0
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
         env.setdefault('MASTER_ADDR', env.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
         env.setdefault('MASTER_PORT', '29500')
     launches = 'RANK' not in env and args.gpus > 1
     processes = args.gpus if launches else world_size()
-    if args.device == 'cuda' and not cuda:
-        raise UserError('--device cuda: this machine has no GPU that torch can use')
+    wanted = args.gpus if launches and args.device != 'cpu' else args.device == 'cuda'
+    if gpus < wanted:
+        raise UserError(f'--gpus {args.gpus}: this machine has {gpus or "no"} GPU for torch; --device cpu needs none')
     if args.batch % processes and not args.use:
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
-    if launches and args.device != 'cpu' and torch.cuda.device_count() < args.gpus:
-        raise UserError(f'--gpus {args.gpus}: this machine has {torch.cuda.device_count()} '
-                        '(--device cpu runs that many processes without)')
-    if rank() == 0 and not (args.benchmark or args.resume or args.overwrite or args.use):
-        if any((out / name).exists() for name in ('config.json', 'checkpoint.pt')):
-            raise UserError(f'{out} holds a run already: --resume goes on with it, --overwrite starts over, '
-                            '--out DIR goes elsewhere')
-        if out.exists() and not out.is_dir():
-            raise UserError(f'--out {out} is a file')
+    fresh = rank() == 0 and not (args.benchmark or args.resume or args.overwrite or args.use)
+    if fresh and (out / 'config.json').exists():
+        raise UserError(f'{out} holds a run: --resume goes on with it, --overwrite starts over, --out goes elsewhere')
+    if fresh and out.is_file():
+        raise UserError(f'--out {out} is a file')
     if launches:
         sys.exit(_start_copies(args))
 
     if env.get('WATCH_STDIN'):      # the pipe to the process that started this one closes when that one dies
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    device = torch.device('cpu')
-    if cuda:        # under Slurm with one visible GPU a task, that one is number 0 whatever the local rank
-        device = torch.device('cuda', int(env.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
     torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
     torch.backends.cudnn.benchmark = True       # shapes hardly change: worth trying all convolution algorithms once
+    device = torch.device('cpu')
+    if gpus:        # under Slurm with one visible GPU a task, that one is number 0 whatever the local rank
+        device = torch.device('cuda', int(env.get('LOCAL_RANK', 0)) % gpus)
+        torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():          # the others wait while the first downloads or decodes
-        dist.init_process_group('nccl' if cuda else 'gloo', init_method=env.get('INIT_METHOD', 'env://'),
+        dist.init_process_group('nccl' if gpus else 'gloo', init_method=env.get('INIT_METHOD', 'env://'),
                                 rank=rank(), world_size=world_size(), timeout=datetime.timedelta(hours=12))
     return device
 
 
 def _start_copies(args):
     """N processes of this command; the first that fails, or a signal to this process, ends them all. -> exit code"""
-    command = [sys.executable, str(Path(__file__).resolve().parent / f'{args.script}.py'), *args.argv]
+    command = [sys.executable, str(Path(__file__).with_name(f'{args.script}.py')), *args.argv]
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, WORLD_SIZE=str(args.gpus), INIT_METHOD=f'file://{folder}/rendezvous', WATCH_STDIN='1')
         env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.gpus)))
@@ -849,8 +777,8 @@ def _start_copies(args):
             copy.wait()
     code, i = next(((code, i) for i, code in enumerate(codes) if code), (0, 0))
     if code < 0:
-        print(f'process {i} of {args.gpus} was ended by {signal.Signals(-code).name}; the others with it. '
-              f'The last checkpoint in {args.out} is whole', file=sys.stderr)
+        cause = signal.Signals(-code).name
+        print(f'process {i} of {args.gpus} was ended by {cause}; the others with it', file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
@@ -864,12 +792,10 @@ def distributed(net, args):
     """`net`, compiled if wanted, and with several processes wrapped so that backward averages gradients over them."""
     if args.compile:
         compile_in_place(net)
-    if world_size() == 1:
-        return net
-    ddp = torch.nn.parallel.DistributedDataParallel
-    renamed = 'forward_sync_buffers' in inspect.signature(ddp).parameters
-    no_broadcast = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}      # the buffers are constants
-    return ddp(net, gradient_as_bucket_view=True, **no_broadcast)
+    if world_size() > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False           # they are constants
+    return net
 
 
 @contextlib.contextmanager
@@ -886,45 +812,42 @@ def one_first():
 # 8. Flags
 
 def number(kind=int, low=-math.inf, high=math.inf, many=False):
-    """A type for argparse: a finite number from `low` to `high`, or with `many` a list of such, separated by commas.
-
-    many='perhaps': one number stays a number, several are a list.
-    """
-    def parse(text):
+    """A type for argparse: a finite number; or a list of such with commas; many='perhaps': one stays a number."""
+    def flag(text):                     # argparse says: invalid flag value
         values = [kind(part) for part in text.split(',')] if many else [kind(text)]
         if not all(low <= value <= high and abs(value) != math.inf for value in values):
             raise argparse.ArgumentTypeError(f'{text} is not within {low} and {high}')
         return values if many is True or len(values) > 1 else values[0]
-    parse.__name__ = 'number'
-    return parse
+    return flag
 
 
 def add_common_flags(parser, script, names, add_flags, example):
     """The flags that all scripts have, in groups, each with an example. `names`: the data sets; add_flags: its own."""
     group = lambda title, example: parser.add_argument_group(title, f'python {script}.py {example}').add_argument
+    count, steps, switch = number(int, 1, 10 ** 6), number(int, 1, 10 ** 9), argparse.BooleanOptionalAction
     add = group('data', '--dataset folder --data-dir pictures.zip --resolution 64')
     add('--dataset', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
     add('--data-dir', metavar='PATH', help='where data sets lie or go; or a folder or zip of images')
     add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped and resized')
-    add('--flip', action=argparse.BooleanOptionalAction, help='mirror half of the training images, left to right')
+    add('--flip', action=switch, help='mirror half of the training images, left to right')
     add = group('network', '--dataset cifar10 --width 32 --blocks 1 --dropout 0')
     add('--arch', choices=['songunet', 'edm2'], help="DDPM++, or the network of EDM2")
     add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
     add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
     add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
-    add('--cond', action=argparse.BooleanOptionalAction, help='condition on the class label')
+    add('--cond', action=switch, help='condition on the class label')
     add_flags(group('method', example), number)
     add = group('optimisation', '--batch 256 --microbatch 32 --precision bf16 --compile')
-    add('--batch', type=number(int, 1, 10 ** 6), metavar='N', help='images per step, over all processes')
-    add('--microbatch', type=number(int, 1, 10 ** 6), metavar='N', help='images at a time in a process, to save memory')
-    add('--steps', type=number(int, 1, 10 ** 9), metavar='N', help='training steps, with those of --pretrain-steps')
+    add('--batch', type=count, metavar='N', help='images per step, over all processes')
+    add('--microbatch', type=count, metavar='N', help='images at a time in a process, to save memory')
+    add('--steps', type=steps, metavar='N', help='training steps, with those of --pretrain-steps')
     add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
     add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
     add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
-    add('--lr-decay', type=number(int, 1, 10 ** 9), metavar='N', help='falls with the inverse root of the step after N')
+    add('--lr-decay', type=steps, metavar='N', help='falls with the inverse root of the step after N')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights')
-    add('--precision', choices=['fp32', 'tf32', 'bf16', 'fp16'], help='arithmetic of the network')
+    add('--precision', choices=list(DTYPES), help='arithmetic of the network')
     add('--compile', action='store_true', help='torch.compile the network')
     add('--seed', type=number(int, 0, 2 ** 63 - 1), metavar='N', help='of everything random')
     add = group('run', '--dataset cifar10 --gpus 8 --out runs/mine --resume')
@@ -933,10 +856,10 @@ def add_common_flags(parser, script, names, add_flags, example):
     add('--overwrite', action='store_true', help='start over in an --out that holds a run')
     add('--gpus', type=number(int, 1, 1024), metavar='N', help='processes on this machine, one GPU each')
     add('--device', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
-    add('--save-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between checkpoints')
-    add('--sample-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between sample grids')
-    add('--eval-every', type=number(int, 1, 10 ** 9), metavar='N', help='steps between Fréchet distances')
-    add('--benchmark', type=number(int, 1, 10 ** 6), metavar='N', help='time N steps, part by part, and write nothing')
+    add('--save-every', type=steps, metavar='N', help='steps between checkpoints')
+    add('--sample-every', type=steps, metavar='N', help='steps between sample grids')
+    add('--eval-every', type=steps, metavar='N', help='steps between Fréchet distances')
+    add('--benchmark', type=count, metavar='N', help='time N steps, part by part, and write nothing')
     add('--dry-run', action='store_true', help='print the settings and stop')
     add('--debug', action='store_true', help='show tracebacks')
     add('--help', '-h', action='store_true', help='show this and stop')
@@ -944,7 +867,7 @@ def add_common_flags(parser, script, names, add_flags, example):
     add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
     add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
     add('--analyse', metavar='CKPT', help="print and draw the paper's diagnostics of this checkpoint or run and stop")
-    add('--n', type=number(int, 1, 10 ** 6), metavar='N', help='images that --sample writes')
+    add('--n', type=count, metavar='N', help='images that --sample writes')
     add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations; 1, or one a phase')
     add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
     add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is of')
@@ -954,20 +877,17 @@ def add_common_flags(parser, script, names, add_flags, example):
 
 
 DEFAULTS = dict(dataset='shapes', data_dir='data', precision='fp32', seed=0, gpus=1, device='auto', n=64)
-# Flags that may differ between a run and its resumption: where and how long it runs, and how it is sampled and judged.
-FREE_FLAGS = set('''data_dir steps microbatch compile resume out overwrite gpus device save_every sample_every
-    eval_every fid_num fid_ref fid_features inception dry_run debug help sample evaluate analyse benchmark n nfe
-    labels'''.split())
-# Settings that are no part of a run: they say what this command is to do.
-NOT_KEPT = set('''argv out_given resume overwrite dry_run debug help sample evaluate analyse use benchmark n'''.split())
+# Settings that are no part of a run, as they say what this command is to do; those that may change in a resumed one.
+NOT_KEPT = set('argv out_given resume overwrite dry_run debug help sample evaluate analyse use benchmark n'.split())
+FREE_FLAGS = NOT_KEPT | set('data_dir steps microbatch compile out gpus device save_every sample_every eval_every '
+                            'fid_num fid_ref fid_features inception nfe labels'.split())
 
 
 def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', free=''):
     """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
 
-    A data set with settings of its own for some value of the flag `switch` has them at `presets[dataset, value]`.
-    `args.use` is the checkpoint of --sample, --evaluate or --analyse. example: of the script's own flags, in --help;
-    free: those of them that only sampling reads.
+    `presets[dataset, value]` are those for a value of the flag `switch`; free: flags that a resumption may change;
+    example: of add_flags', in --help. `args.use` is the checkpoint of --sample, --evaluate or --analyse.
     """
     names = ', '.join(name for name in presets if isinstance(name, str))
     parser = argparse.ArgumentParser(
@@ -978,13 +898,14 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', fr
     given = vars(parser.parse_args(argv))                       # nothing but what was said
 
     free, saved = FREE_FLAGS | set(free.split()), {}
-    uses = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
-    if len(uses) > 1:
+    use = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
+    if len(use) > 1:
         raise UserError('--sample, --evaluate and --analyse: one at a time')
-    if uses:                                                    # how it was trained is not how it is sampled
-        saved = {name: value for name, value in load_checkpoint(uses[0])['config'].items()
-                 if name not in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels')}
-        free |= {'seed', 'precision'}
+    if use:
+        free |= {'seed', 'precision'}                           # how it was trained is not how it is sampled
+        saved = load_checkpoint(use[0])['config']
+        for name in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'):
+            saved.pop(name, None)
     elif 'resume' in given:
         saved = read_config(Path(given.get('out', f'runs/{script}-{given.get("dataset", "shapes")}')))
     if saved.get('script', script) != script:
@@ -998,13 +919,12 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', fr
         raise UserError(f'--dataset {known["dataset"]}: not known; choose from {names}')
     preset = presets.get((known['dataset'], known.get(switch)), presets[known['dataset']])
     flags = {action.dest: False if action.nargs == 0 else None for action in parser._actions}
-    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=uses[0] if uses else None)
-    if 'help' in given:
+    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=use[0] if use else None)
+    if args.help:
         for action in parser._actions:
             value = getattr(args, action.dest)
-            if value is not None and value is not False and action.nargs != 0:
-                text = ','.join(map(str, value)) if isinstance(value, list) else value
-                action.help += f' [{text}]'.replace('%', '%%')
+            if value is not None and action.nargs != 0:
+                action.help += f' [{str(value).strip("[]")}]'.replace('%', '%%')
         parser.print_help()
         sys.exit()
 
@@ -1025,8 +945,6 @@ def parse_args(script, doc, presets, add_flags, example, argv, switch='arch', fr
     if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
         print0(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True
-    if args.resume and args.steps != saved.get('steps', args.steps):
-        print0(f'--steps {args.steps:,} instead of {saved["steps"]:,}: the schedule of levels stretches with it')
     return args
 
 
@@ -1042,11 +960,8 @@ def config_of(args):
 
 def read_config(out):
     """config.json of the run in folder `out`, as a dict."""
-    path = out / 'config.json'
-    if not path.exists():
-        raise UserError(f'{out} holds no run: there is no config.json in it')
-    with or_refuse(f'{path} cannot be read'):
-        return dict(**json.loads(path.read_text()))
+    with or_refuse(f'{out} holds no run that can be read'):
+        return dict(**json.loads((out / 'config.json').read_text()))
 
 
 # 9. Errors and messages
@@ -1072,55 +987,49 @@ def or_refuse(what):
 
 def run(main, argv=None):
     """Calls `main(argv)` -> exit code. An error that the user can fix is one line on stderr; --debug: a traceback."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, code = sys.argv[1:] if argv is None else argv, 0
     try:
         main(argv)
-        code = 0
     except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
         return stop.code or 0
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
-        code, message = getattr(error, 'code', 1), str(error)
+        code, text = getattr(error, 'code', 1), str(error)
         if isinstance(error, KeyboardInterrupt):
-            code, message = 130, 'interrupted'
-        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message.lower():
-            code, message = 2, 'out of memory: lower --batch, or split it with --microbatch'
-        elif dist.is_initialized() and any(word in message.lower() for word in ('connection', 'gloo', 'nccl', 'peer')):
-            code, message = 1, 'another process of this run has ended'
-        elif not isinstance(error, UserError):
-            raise
+            code, text = 130, 'interrupted'
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            code, text = 2, 'out of memory: lower --batch, or split it with --microbatch'
+        elif isinstance(error, RuntimeError):
+            if not dist.is_initialized() or not re.search('connection|gloo|nccl|peer', text, re.IGNORECASE):
+                raise
+            text = 'another process of this run has ended'
         if '--debug' in argv:
             raise
         time.sleep(2 * bool(rank()))    # what is wrong for all is said by the first, which ends the others meanwhile
-        print('\n' * _line_open + f'process {rank()}: ' * bool(rank()) + message, file=sys.stderr, flush=True)
+        print('\r\033[K' * sys.stderr.isatty() + f'process {rank()}: ' * bool(rank()) + text, file=sys.stderr)
     if dist.is_initialized() and os.environ.get('WATCH_STDIN'):     # a copy: gloo's threads may abort an orderly exit
         sys.stdout.flush()
         os._exit(code)
     return code
 
 
-_line_open = False          # whether the terminal's last line is a progress line that awaits being written over
-
-
 def print0(text, refresh=False):
     """Prints a line, from the first process only; with `refresh` one that the next line writes over, on a terminal."""
-    global _line_open
     if rank() == 0:
-        start = '\r\033[K' if _line_open else ''
-        _line_open = refresh and sys.stdout.isatty()
-        print(start + text, end='' if _line_open else '\n', flush=True)
+        terminal = sys.stdout.isatty()
+        print('\r\033[K' * terminal + text, end='' if refresh and terminal else '\n', flush=True)
 
 
-def progress(items, what, total=None):
-    """Yields from `items`; work that takes over two seconds shows how far it is. total: their number; 0: not known."""
-    total = len(items) if total is None else total
-    begin, shown, pause = time.monotonic(), 0.0, 2.0
-    for i, item in enumerate(items):
+def progress(items, what):
+    """Yields from `items` and, where that takes long, shows how far it is."""
+    begin = shown = time.monotonic()
+    pause = 2
+    for i, item in enumerate(items, 1):
         yield item
-        spent = time.monotonic() - begin
-        if spent - shown > pause and (not total or i + 1 < total):
-            left = f' of {total:,}, {duration(spent / (i + 1) * (total - i - 1))} left' if total else ''
-            print0(f'{what}: {i + 1:,}{left}', refresh=True)
-            shown, pause = spent, 0.5 if sys.stdout.isatty() else 30.0
+        now = time.monotonic()
+        if now - shown > pause:
+            left = duration((now - begin) / i * (len(items) - i))
+            print0(f'{what}: {i:,} of {len(items):,}, {left} left', refresh=True)
+            shown, pause = now, 2 if sys.stdout.isatty() else 30
 
 
 def duration(seconds):

@@ -11,6 +11,7 @@ float64 statistics, and 50,000 samples against the whole training set. Anything 
 """
 import argparse
 import hashlib
+import os
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -41,11 +42,7 @@ class Conv(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Branches of convolutions side by side, and one of pooling, joined by channels: (B, in, H, W) -> (B, out, H', W').
-
-    branches: {name: layers}, a layer being the arguments of `Conv` after the first, or a dict of two such for a fork;
-    pooled: the width of a 1x1 convolution after the pooling.
-    """
+    """Branches of convolutions, and one of pooling, joined by channels: (B, in, H, W) -> (B, out, H', W')."""
 
     def __init__(self, cin, pool, branches, pooled=None):
         super().__init__()
@@ -53,12 +50,12 @@ class Block(nn.Module):
         self.branch_pool = Conv(cin, pooled, 1) if pooled else nn.Identity()
         for branch, layers in branches.items():
             width, steps = cin, []
-            for i, layer in enumerate(layers, 1):
+            for i, layer in enumerate(layers, 1):       # `Conv`'s arguments after the first, or a dict of two such
                 name = f'{branch}_{i}' if len(layers) > 1 else branch
-                parts = layer if isinstance(layer, dict) else {'': layer}
-                for letter, (cout, *rest) in parts.items():
+                fork = layer if isinstance(layer, dict) else {'': layer}
+                for letter, (cout, *rest) in fork.items():
                     self.add_module(name + letter, Conv(width, cout, *rest))
-                steps.append([name + letter for letter in parts])
+                steps.append([name + letter for letter in fork])
                 width = cout
             self.branches.append(steps)
 
@@ -115,14 +112,10 @@ def resize_tf1(x, height, width):
 
 
 def load_inception(path=None, data_dir='data', device='cpu'):
-    """The FID network with its weights. -> (network, 'FID' or, for others than those of 2015, a name that says so)
-
-    `path`: a state dict with pytorch-fid's names. Without it they are looked for in `data_dir`, or downloaded there.
-    """
+    """The FID network, weights from `path`, else found in or downloaded to `data_dir`. -> network, name of distance"""
     if path is None:
         with common.one_first():
-            found = Path(data_dir).glob('*inception-2015-12-05*.pth')
-            path = min(found, default=Path(data_dir) / URL.split('/')[-1])
+            path = min(Path(data_dir).glob('*inception-2015-12-05*.pth'), default=Path(data_dir, URL.split('/')[-1]))
             if not path.exists():
                 common.download(URL, path, 'sha256', '6726825d')
     net = InceptionV3()
@@ -142,15 +135,11 @@ def load_inception(path=None, data_dir='data', device='cpu'):
 # 2. Statistics
 
 class Statistics:
-    """Mean and covariance of a stream of features, in float64; memory does not grow with their number.
-
-    `total` (1 + D, 1 + D) sums x xᵀ over features x with a 1 before them: it has their number, sum and products.
-    """
-    total = 0
+    """Mean and covariance of a stream of features, in float64; memory does not grow with their number."""
+    total = 0       # sum of x xᵀ over features x with a 1 before them (1 + D, 1 + D): their number, sum and products
 
     def update(self, features):
-        """features (B, D)."""
-        x = F.pad(features.double(), (1, 0), value=1)
+        x = F.pad(features.double(), (1, 0), value=1)                                               # (B, 1 + D)
         self.total = self.total + x.T @ x
 
     def result(self):
@@ -162,11 +151,7 @@ class Statistics:
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
-    """|mu1 - mu2|² + Tr(C1 + C2 - 2 sqrt(C1 C2)). mu (D,), cov (D, D) -> float
-
-    C1 C2 has the eigenvalues of sqrt(C1) C2 sqrt(C1), which is symmetric: no complex numbers, no failure where a
-    covariance is singular (fewer samples than dimensions).
-    """
+    """|mu1 - mu2|² + Tr(C1 + C2 - 2 sqrt(C1 C2)). mu (D,), cov (D, D), which may be singular -> float"""
     if len(mu1) != len(mu2):
         raise common.UserError(f'the reference has {len(mu2)} features to a picture, not {len(mu1)}: --fid-features?')
     mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
@@ -174,16 +159,15 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     values, vectors = np.linalg.eigh(cov1)
     values[values < values.max() * rounding] = 0
     root = vectors * np.sqrt(values) @ vectors.T
-    product = np.linalg.eigvalsh(root @ cov2 @ root)
+    product = np.linalg.eigvalsh(root @ cov2 @ root)        # those of C1 C2, without complex numbers: it is symmetric
     product[product < product.max() * rounding] = 0
     return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(product).sum())
 
 
 def load_statistics(path):
     """mu (D,), sigma (D, D), n (0 if the file does not say) from an .npz with keys `mu`, `sigma`, perhaps `n`."""
-    with common.or_refuse(f'{path} does not hold statistics (.npz with mu and sigma)'):
-        with np.load(path, allow_pickle=False) as file:
-            mu, sigma, n = file['mu'].astype(np.float64), file['sigma'].astype(np.float64), int(file.get('n', 0))
+    with common.or_refuse(f'{path} does not hold statistics (mu, sigma)'), np.load(path, allow_pickle=False) as file:
+        mu, sigma, n = file['mu'].astype(np.float64), file['sigma'].astype(np.float64), int(file.get('n', 0))
         assert mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and np.isfinite(sigma).all(), 'wrong shapes or values'
         return mu, sigma, n
 
@@ -191,10 +175,11 @@ def load_statistics(path):
 def measure(count, images, features):
     """`Statistics.result` of `count` images; processes share the lots. images(first, n): uint8 (n, C, H, W)."""
     statistics = Statistics()
-    lots = [(first, min(LOT, count - first)) for first in range(0, count, LOT)]
-    mine = lots[common.rank()::common.world_size()]
-    for first, n in common.progress(mine or lots[:1], f'features of {count:,} images, {LOT} at a time'):
-        statistics.update(features(images(first, n))[:n if mine else 0])    # a process without a lot knows their size
+    mine = range(common.rank() * LOT, count, common.world_size() * LOT)
+    for first in common.progress(mine, f'features of {count:,} images, {LOT} at a time'):
+        statistics.update(features(images(first, min(LOT, count - first))))
+    if not mine:                                    # a process without a lot learns how many features there are
+        statistics.update(features(images(0, 1))[:0])
     if dist.is_initialized():
         dist.all_reduce(statistics.total)
     return statistics.result()
@@ -202,14 +187,17 @@ def measure(count, images, features):
 
 def dataset_statistics(images, features, kind, home):
     """Statistics of images uint8 (N, C, H, W), kept in folder `home` under a name that is a hash of them and `kind`."""
-    digest = hashlib.sha256(f'{kind} {tuple(images.shape)}'.encode())
-    digest.update(images.cpu().numpy())
-    cache = home / f'fid-{digest.hexdigest()[:16]}.npz' if home and common.rank() == 0 else None
-    found = [load_statistics(cache) if cache and cache.exists() else None]
+    cache, found = None, [None]
+    if home and common.rank() == 0:
+        digest = hashlib.sha256(f'{kind} {tuple(images.shape)}'.encode())
+        for part in images.split(10_000):
+            digest.update(part.cpu().numpy())
+        cache = home / f'fid-{digest.hexdigest()[:16]}.npz'
+        found = [load_statistics(cache) if cache.exists() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)           # one process decides for all whether there is anything to measure
     mu, cov, n = found[0] or measure(len(images), lambda first, n: images[first:first + n], features)
-    if cache and not found[0]:
+    if cache and not found[0] and os.access(home, os.W_OK):          # data may lie where nobody may write
         common.write_atomic(cache, lambda file: np.savez(file, mu=mu, sigma=cov, n=n))
     return mu, cov, n
 
@@ -230,10 +218,7 @@ def load_features(args, device):
 
 
 def prepare(args, device, data=None):
-    """-> features, name of their distance, statistics of --fid-ref or the training set (`data`, if loaded); or None.
-
-    'FID-50k' is what the literature calls so; anything else has a name that says what differs.
-    """
+    """-> features, name of their distance, statistics of --fid-ref or the training set (`data`, if loaded); or None."""
     if not args.evaluate and (not args.eval_every or args.benchmark):
         return None
     features, kind = load_features(args, device)
@@ -244,21 +229,18 @@ def prepare(args, device, data=None):
         reference = dataset_statistics(data.images, features, kind, data.home)
         against = f'the {reference[2]:,} training images'
     if kind == 'FID' and args.fid_num == 50_000 and not args.fid_ref and not args.labels:
-        return features, 'FID-50k', reference
+        return features, 'FID-50k', reference           # what the literature calls so; other names say what differs
     classes = f'; classes {args.labels} only' if args.labels else ''
     return features, f'{kind} ({args.fid_num:,} images against {against}{classes})', reference
 
 
-def evaluate(judge, args, draw):
-    """Distances of --fid-num images from what `prepare` gave, for each of --nfe, printed. -> {name: distance}
-
-    draw(n, nfe, seed=, first=) makes n images in [-1, 1]. Each lot has a seed of its own, whichever process makes it,
-    and its classes go on, from number `first`, where those of the lot before end.
-    """
-    features, name, reference = judge
+def evaluate(fid_reference, args, sample_fn):
+    """Prints the distances of --fid-num images in [-1, 1], sample_fn(n, nfe, seed, first), by --nfe. -> {name: distance}"""
+    features, name, reference = fid_reference
     found = {}
-    for nfe in args.nfe:
-        images = lambda first, n: common.to_uint8(draw(n, nfe, seed=common.key(args.seed, first // LOT), first=first))
+    for nfe in args.nfe:        # each lot has a seed, whichever process makes it, and classes from number `first` on
+        seed = lambda first: common.key(args.seed, first // LOT)
+        images = lambda first, n: common.to_uint8(sample_fn(n, nfe, seed=seed(first), first=first))
         value = frechet_distance(*measure(args.fid_num, images, features)[:2], *reference[:2])
         common.print0(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
         found[f'{name}, {nfe} step'] = value
@@ -281,8 +263,7 @@ def read_pictures(path, resolution=None):
 
 def main(argv=None):
     """The command; --help tells its flags."""
-    parser = argparse.ArgumentParser('fid.py', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = common.refuse_flags
     add = parser.add_argument
     add('images', metavar='IMAGES', help="folder or zip; CIFAR-10's folder or archive (training set) or a .bin file")
@@ -300,11 +281,10 @@ def main(argv=None):
     if args.against.endswith('.npz'):
         mu, cov, n = load_statistics(args.against)
     else:
-        others = read_pictures(args.against, args.resolution)[:args.against_num]
-        mu, cov, n = measure(len(others), lambda first, n: others[first:first + n], features)
-    result = measure(len(images), lambda first, n: images[first:first + n], features)
+        mu, cov, n = dataset_statistics(read_pictures(args.against, args.resolution)[:args.against_num], features, kind, None)
+    value = frechet_distance(*dataset_statistics(images, features, kind, None)[:2], mu, cov)
     against = f'{n:,} of {args.against}' if n else args.against
-    print(f'{kind} ({len(images):,} images against {against}): {frechet_distance(*result[:2], mu, cov):.4f}')
+    print(f'{kind} ({len(images):,} images against {against}): {value:.4f}')
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ Where the paper leaves a choice, and where we deviate from it or its published c
 [1] `--mu` is the share of generated endpoints (published code: of the others), made for those samples alone.
 [2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
     least total distance, whatever the labels: a class's noise is not quite N(0, I).
-[3] Dropout is 0 with generated endpoints; without, as in the published baselines. `--cond` (labels) is ours.
+[3] Dropout is 0 with generated endpoints, the published baselines' without, ECT's with it. `--cond` (labels) is ours.
 [4] `--schedule ect` is Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), from a diffusion model, which
     `--pretrain-steps` trains (the loss a mean over pixels): RAdam; the boundary m = 0, but sigma_min in sampling.
 [5] The average is updated every 5 steps, its decay rising to `--ema`: 0.9999 is reached after a million steps only.
@@ -52,7 +52,7 @@ from unet import URLS, initial_network, make_network
 
 ICT = dict(                     # iCT's settings, which GC keeps
     arch='songunet', attn_resolutions=[], cond=False, flip=False, checkpoint=None, pretrain_steps=0,               # [3]
-    dropout=None, dropout_ic=0.3, dropout_res=None,         # None: 0 with generated endpoints, dropout_ic without  [3]
+    dropout=None, dropout_ic=0.3, dropout_res=None,         # None: 0 with generated endpoints, dropout_ic without
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation, at the discrete levels
     s0=10, s1=1280,             # there are s0 pairs of levels at first and s1 in the end
     c=0.00054,                  # distance sqrt(|u|² + c² D) - c sqrt(D), for images of D numbers
@@ -137,14 +137,14 @@ def stage_at(step, steps, stages):
 
 def level_pairs(args, step, device):
     """t and r of the global batch of a step. -> (B,) each"""
-    normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
     done, steps = step - args.pretrain_steps, args.steps - args.pretrain_steps
-    if step < args.pretrain_steps:
-        t = upper_level(normal, -1.2, 1.2)                              # EDM Tab. 1 for the diffusion model
-        return t, t
-    if args.schedule == 'ict':
+    if args.schedule == 'ict' and done >= 0:
         table = level_table(num_levels(done, steps, args.s0, args.s1), args.P_mean, args.P_std, device)
         return level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device), *table)
+    normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
+    if done < 0:
+        t = upper_level(normal, -1.2, 1.2)                 # EDM Tab. 1 for the diffusion model, which has no pairs
+        return t, t
     t = upper_level(normal, args.P_mean, args.P_std)
     return t, lower_level(t, stage_at(done, steps, args.stages), args.q, args.k, args.b)
 
@@ -285,7 +285,7 @@ def train(args):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     sample_fn = functools.partial(sample, ema, labels=args.labels)
     evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
-    optimizer = getattr(torch.optim, args.optimizer, Lion)(net.parameters(), args.lr, args.betas, foreach=True)
+    optimizer = dict(vars(torch.optim), Lion=Lion)[args.optimizer](net.parameters(), args.lr, args.betas, foreach=True)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
@@ -300,7 +300,7 @@ def train(args):
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws, of the global batch, so that any number of processes trains on the same ones.
+        # Draws, of the global batch: the same for any number of processes (but for the dropout masks).
         index = common.batch_indices(len(data.images), args.batch, step, args.seed)
         x_all, y_all = data.at(index, device)
         if args.flip:
@@ -412,7 +412,7 @@ def main(argv):
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.dropout is None:
-        args.dropout = 0.0 if args.coupling == 'gc' else args.dropout_ic
+        args.dropout = 0.0 if args.coupling == 'gc' else args.dropout_ic                                        # [3]
     if not args.use:
         return train(args)
     device = common.start(args)

@@ -120,8 +120,8 @@ def level_pairs(args, step, device):
     """t and r of the global batch of a step. -> (B,) each"""
     normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
     if step < args.pretrain_steps:
-        t = upper_level(normal, -1.2, 1.2)                              # EDM Tab. 1 for the diffusion model
-        return t, t
+        t = upper_level(normal, -1.2, 1.2)                              # EDM Tab. 1 for the diffusion model [4], which
+        return t, t                                                     # has no pairs
     t = upper_level(normal, args.P_mean, args.P_std)
     stage = stage_at(step - args.pretrain_steps, args.steps - args.pretrain_steps, args.stages, args.schedule)
     r = lower_level(t, stage, args.q, args.k, args.b)
@@ -190,7 +190,8 @@ def class_members(data, ref_size='all'):
 def draw_references(n, own, data, members, *key):
     """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M).
 
-    Allowed are those of a sample's class without its own image, which the caller adds, or else without the last.
+    A sample has n references with its own image, which the caller adds: of those drawn of its class all are allowed but
+    its own image or, where that was not drawn, the last.
     """
     drawn = []
     for c in data.labels[own].unique().tolist():                # by class: any number of processes draws the same
@@ -214,8 +215,9 @@ def estimate_x0(args, step, data, members, index, x_all, x_t, t):
     if args.ref_size != 'batch':
         drawn, allowed = draw_references(int(args.ref_size), own, data, members, args.seed, step, 'refs')
         refs = data.at(drawn, x_t.device)[0]
-        if args.flip:
-            refs = common.mirror(refs, args.seed, step, 'refs')
+        if args.flip:                           # by number, as each process draws for its own classes alone
+            flips = common.rand((len(data.images),), args.seed, step, 'refs')[drawn] < 0.5
+            refs = torch.where(flips[:, None, None, None].to(refs.device, non_blocking=True), refs.flip(3), refs)
         refs = torch.cat([refs, x0])                                    # and each sample's own image
         allowed = torch.cat([allowed, torch.eye(len(own), dtype=torch.bool)], 1)
     return posterior_mean(x_t, t, refs, allowed.to(x_t.device, non_blocking=True))
@@ -334,7 +336,7 @@ def train(args):
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws, of the global batch, so that any number of processes trains on the same ones.
+        # Draws, of the global batch: the same for any number of processes (but for the dropout masks).
         index = common.batch_indices(len(data.images), args.batch, step, args.seed)
         x_all, y_all = data.at(index, device)
         if args.flip:

@@ -102,7 +102,7 @@ class UNetBlock(nn.Module):
         x = (self.conv1(h) + self.skip(x)) * math.sqrt(0.5)
         if self.attention:
             qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (1, -1, 3))     # (B, 1, C, 3, HW): interleaved
-            q, k, v = qkv.permute(3, 0, 1, 4, 2)                                              # each (B, 1, HW, C)
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()             # each (B, 1, HW, C); strided ones are slow
             h = F.scaled_dot_product_attention(q, k, v)                                    # softmax(q k / sqrt(C)) v
             x = (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * math.sqrt(0.5)
         return x
@@ -275,7 +275,8 @@ class MPBlock(nn.Module):
     def __init__(self, emb_channels, per_head, encoder, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
         self.encoder, self.up, self.down, self.dropout = encoder, up, down, dropout
-        self.heads = out_channels // per_head if attention else 0
+        heads = [n for n in range(1, out_channels // per_head + 1) if out_channels % n == 0]
+        self.heads = max(heads, default=0) if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels)
@@ -299,7 +300,7 @@ class MPBlock(nn.Module):
         x = mp_sum(x if self.encoder else self.conv_skip(x), h, 0.3)
         if self.heads:
             qkv = self.attn_qkv(x).flatten(2).unflatten(1, (self.heads, -1, 3))           # (B, heads, C/heads, 3, HW)
-            q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2)                       # each (B, heads, HW, C/heads)
+            q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).contiguous()          # each (B, heads, HW, C/heads)
             h = F.scaled_dot_product_attention(q, k, v)
             x = mp_sum(x, self.attn_proj(h.transpose(2, 3).reshape(x.shape)), 0.3)
         return x.clamp(-256, 256)                                                           # fp16 ends at 65504

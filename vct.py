@@ -29,8 +29,8 @@ Where the paper leaves a choice, and where we deviate from it or its published c
 [2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
     least total distance, whatever the labels: a class's noise is not quite N(0, I). The published sampler pairs its
     first output with the noise so, too; here it is independent.
-[3] The encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1. In sampling it
-    emits the noise of every step after the first. Both as published.
+[3] As published, the encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1
+    (16 on shapes), and in sampling it emits the noise of every step after the first.
 [4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
     encoder with the KL term alone.
 [5] The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling,
@@ -149,14 +149,14 @@ def stage_at(step, steps, stages):
 
 def level_pairs(args, step, device):
     """t and r of the global batch of a step. -> (B,) each"""
-    normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
     done, steps = step - args.pretrain_steps, args.steps - args.pretrain_steps
-    if step < args.pretrain_steps:
-        t = upper_level(normal, -1.2, 1.2, args.kernel)                 # EDM Tab. 1 for the diffusion model
-        return t, t
-    if args.base == 'ict':
+    if args.base == 'ict' and done >= 0:
         table = level_table(num_levels(done, steps, args.s0, args.s1), args.P_mean, args.P_std, device)
         return level_pair(common.rand((args.batch,), args.seed, step, 'level', device=device), *table)
+    normal = common.randn((args.batch,), args.seed, step, 'level', device=device)
+    if done < 0:
+        t = upper_level(normal, -1.2, 1.2, args.kernel)     # EDM Tab. 1 for the diffusion model, which has no pairs
+        return t, t
     t = upper_level(normal, args.P_mean, args.P_std, args.kernel)
     return t, lower_level(t, stage_at(done, steps, args.stages), args.q, args.k, args.b)
 
@@ -343,7 +343,7 @@ def train(args):
             net.load_state_dict(ema.state_dict())
             optimizer.state.clear()
 
-        # Draws, of the global batch, so that any number of processes trains on the same ones.
+        # Draws, of the global batch: the same for any number of processes (but for the dropout masks).
         index = common.batch_indices(len(data.images), args.batch, step, args.seed)
         x_all, y_all = data.at(index, device)
         if args.flip:

@@ -1,6 +1,7 @@
-"""unet.py against outputs and gradients of the published networks (`songunet_*.npz`: NVlabs/edm's SongUNet;
-`edm2_unet_cond.npz`: EDM2's U-Net as Sony's code has it)."""
+"""unet.py against outputs and gradients of the published networks: SongUNet of EDM, EDM2's U-Net (data/README.md)."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 from common import UserError
 from conftest import named_weights
 from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
@@ -16,17 +18,21 @@ from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, 
 DATA = Path(__file__).parent / 'data'
 
 
+compiler = pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='needs a C++ compiler')
+
+
 @pytest.mark.parametrize('name, network', [('songunet_ddpmpp', SongUNet), ('songunet_ncsnpp_cond', SongUNet),
                                            ('edm2_unet_cond', EDM2UNet)])
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_published_numbers(name, network, memory_format):
+@pytest.mark.parametrize('way', ['plain', 'channels last', pytest.param('compiled', marks=[pytest.mark.slow, compiler])])
+def test_published_numbers(name, network, way):
     golden = np.load(DATA / f'{name}.npz')
     net = network(**json.loads(str(golden['config'])))
-    shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
-    assert shapes == json.loads(str(golden['state_dict']))
-
-    net = named_weights(net).eval().to(memory_format=memory_format)
-    x = torch.from_numpy(golden['x']).to(memory_format=memory_format).requires_grad_()
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == json.loads(str(golden['state_dict']))
+    layout = torch.contiguous_format if way == 'plain' else torch.channels_last
+    net = named_weights(net).eval().to(memory_format=layout)
+    if way == 'compiled':
+        common.compile_in_place(net)
+    x = torch.from_numpy(golden['x']).contiguous(memory_format=layout).requires_grad_()
     labels = torch.from_numpy(golden['class_labels']) if 'class_labels' in golden else None
     out = net(x, torch.from_numpy(golden['noise_labels']), labels)
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
@@ -62,22 +68,13 @@ def test_initial_output_is_tiny_and_weights_are_xavier():
     assert abs(w.abs().max().item() / (0.2 * 6 / (64 + 192)) ** 0.5 - 1) < 0.01
 
 
-def test_same_seed_same_dropout_mask():
-    net = named_weights(SongUNet(8, 3, 3, model_channels=8, channel_mult=[1, 1], num_blocks=1, dropout=0.5))
-    x, t = torch.randn(2, 3, 8, 8), torch.zeros(2)
-    outs = []
-    for seed in [1, 1, 2]:
-        torch.manual_seed(seed)
-        outs.append(net(x, t))
-    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
-
-
 @pytest.mark.parametrize('bad', [dict(encoder_type='x'), dict(decoder_type='skip'), dict(embedding_type='x'),
                                  dict(num_blocks=[1, 2, 3]), dict(img_resolution=15)])
 def test_wrong_settings_are_named(bad):
     config = dict(img_resolution=16, in_channels=3, out_channels=3, channel_mult=[1, 2], model_channels=8) | bad
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        SongUNet(**config)
+    for network in [SongUNet] if 'type' in next(iter(bad)) else [SongUNet, EDM2UNet]:
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            network(**config)
 
 
 def size(network, *args, **kwargs):
@@ -172,8 +169,11 @@ def test_where_edm2_has_dropout_and_attention():
     net = EDM2UNet(**TINY | dict(dropout=0.5))
     assert all(block.dropout == 0.5 for block in [*net.enc.values(), *net.dec.values()] if hasattr(block, 'dropout'))
 
-    named_weights(net)
-    outs = []
+
+@pytest.mark.parametrize('network', [SongUNet, EDM2UNet])
+def test_the_seed_names_the_dropout_mask(network):
+    config, outs = {k: v for k, v in TINY.items() if network is EDM2UNet or k != 'channels_per_head'}, []
+    net = named_weights(network(**config | dict(dropout=0.5)))
     for seed in [1, 1, 2]:
         torch.manual_seed(seed)
         with torch.set_grad_enabled(not outs):                          # student, teacher, other mask
@@ -193,10 +193,11 @@ def test_edm2_in_low_precision(dtype):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize('bad', [dict(channels_per_head=24), dict(img_resolution=9)])
-def test_wrong_edm2_settings_are_named(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        EDM2UNet(**TINY | bad)
+@pytest.mark.parametrize('width', [8, 40, 56])
+def test_edm2_takes_any_width(width):
+    """Heads are as wide as asked for or a little wider; a block that is narrower has none."""
+    net = named_weights(EDM2UNet(**TINY | dict(model_channels=width, attn_resolutions=[8, 4])))
+    assert net(*inputs()).isfinite().all() and any(block.heads for block in net.enc.values() if hasattr(block, 'heads'))
 
 
 # Loading

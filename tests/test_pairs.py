@@ -1,0 +1,44 @@
+"""The figure of pairs: what its panels say of the ways to choose two points holds, by formulas of its two images."""
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+spec = importlib.util.spec_from_file_location('pairs', Path(__file__).parent.parent / '.github/pairs.py')
+pairs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pairs)
+encoder = pytest.fixture(scope='module')(lambda: pairs.train_encoder(steps=200))
+
+
+def test_the_trajectories_are_the_odes():
+    """x' = (x - tanh(x / t²)) / t; a tenth of the step makes no difference, and the end is the image of x's sign."""
+    x, t, r = torch.linspace(-2.9, 3.1, 7), pairs.LEVELS[6:13], pairs.LEVELS[5:12]
+    levels, points = pairs.flow(x.view(7, 1, 1, 1), t, r)
+    slopes = (points[2:] - points[:-2]) / (levels[2:] - levels[:-2])
+    torch.testing.assert_close(slopes, ((points - (points / levels ** 2).tanh()) / levels)[1:-1], rtol=0, atol=2e-3)
+    torch.testing.assert_close(points[-1], pairs.flow(x.view(7, 1, 1, 1), t, r, 320)[1][-1], rtol=0, atol=1e-3)
+    torch.testing.assert_close(pairs.flow(x.view(7, 1, 1, 1), t, r / 100, 999)[1][-1], x.sign(), rtol=0, atol=0.05)
+
+
+def test_the_pairs_are_what_the_panels_say(encoder):
+    x0, eps, t, r = pairs.draw(0)
+    chosen = {kind: pairs.choose(kind, x0, eps, t, r, encoder) for kind in pairs.PANELS}
+    x0, eps, ends, lines = x0.flatten(), eps.flatten(), *({kind: c[i] for kind, c in chosen.items()} for i in (0, 2))
+    x_t, x_r = lines['SCT'][[0, -1]]
+    torch.testing.assert_close((x_t - x_r) / (t - r), (x_t - (x_t / t ** 2).tanh()) / t, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ends['GC'], (x0 + r * eps).sign())                       # an image, and the right one
+    assert torch.equal(ends['IC'], x0) and (ends['OT'] - eps).square().sum() < 0.6 * (x0 - eps).square().sum()
+    noise = (lines['VC'][0] - x0) / t
+    assert (noise * x0).mean() > (eps * x0).mean() + 0.15                               # on the side of its image
+    off = {kind: pairs.distance(kind, encoder, 5) for kind in pairs.PANELS}
+    assert off['SCT'] < 0.25 * off['IC'] and all(off[kind] < 0.9 * off['IC'] for kind in ('OT', 'GC', 'VC'))
+
+
+def test_the_picture_has_six_parts_with_something_in_each(encoder):
+    image = pairs.picture(encoder, 1)
+    assert image.size == Image.open(Path(pairs.__file__).with_name('pairs.png')).size == (1200, 600)
+    for left, top in [(x, y) for x in (38, 433, 828) for y in (46, 341)]:
+        dark = sum(image.crop((left, top, left + 340, top + 240)).convert('L').histogram()[:170]) / (340 * 240)
+        assert 0.018 < dark < 0.3, (left, top, dark)
