@@ -230,3 +230,12 @@ def model_of(net, encoder=None, **config):
     model.config = dict(precision='fp32', label_dim=0, phases=1, edges=None, eta=1.0, t_mid=0.821, kernel='ve',
                         coupling='vc' if encoder else 'independent', in_channels=1, resolution=1) | config
     return model
+
+
+def analysed(script, capsys):
+    """Runs --analyse -> the rows of the tables that it prints, as numbers, and all its lines; the picture is there."""
+    capsys.readouterr()
+    assert script.run('--analyse', script.out) == 0
+    assert (script.out / 'analyse.png').stat().st_size > 2000
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith('noise levels: ')]
+    return np.array([line.split() for line in lines if line.strip()[:1].isdigit()], float), lines

@@ -29,8 +29,6 @@ every = pytest.mark.parametrize('module', MODULES.values(), ids=MODULES)
 two = pytest.mark.parametrize('module', [gc_ct, vct], ids=['gc_ct', 'vct'])
 
 
-# Texts
-
 OF_A_PAPER = set('''f loss loss_settings level_pairs denoising_loss upper_level stage_at ema_decay sample load train
     analyse add_flags check_flags main'''.split())
 
@@ -43,7 +41,6 @@ def functions(module):
 
 @pytest.mark.parametrize('a, b', list(itertools.combinations(MODULES, 2)))
 def test_functions_of_one_name_are_letter_by_letter_the_same(a, b):
-    """In any two scripts, but for those that are what the papers differ in."""
     ours, theirs = functions(MODULES[a]), functions(MODULES[b])
     both = (ours.keys() & theirs.keys()) - OF_A_PAPER
     assert len(both) >= 3 and [name for name in both if ours[name] != theirs[name]] == []
@@ -93,8 +90,7 @@ def test_loss_is_ects(module, c, stage):
 @pytest.mark.parametrize('m', [0.0, 0.002])
 def test_the_consistency_function_is_its_definition_and_keeps_its_boundary(module, kernel, m):
     """f(x, m) = x; the network sees c_in x, ln(t) / 4 and the labels."""
-    x, s, kind = torch.randn(2, 3, 4, 4), 0.5, dict(kernel=kernel) if kernel == 'li' else {}
-    y = torch.tensor([0.3, -0.2])
+    x, s, y, kind = torch.randn(2, 3, 4, 4), 0.5, torch.tensor([0.3, -0.2]), dict(kernel='li') if kernel == 'li' else {}
     net = lambda x_in, c_noise, y: toy(x_in, c_noise) + wide(y)
     torch.testing.assert_close(module.f(net, x, torch.full((2,), m), y, m=m, **kind), x)
     for t in (0.7, 80.0):
@@ -125,19 +121,17 @@ def test_loss_stops_the_teachers_gradient_and_seeds_both_masks_alike(module):
 @every
 @pytest.mark.parametrize('c', [0.0, 0.1])
 def test_the_gradient_is_finite_where_the_loss_is_zero(module, c):
-    scale = torch.ones((), requires_grad=True)
-    x, t = torch.zeros(2, 1, 2, 2), torch.ones(2)
+    scale, x, t = torch.ones((), requires_grad=True), torch.zeros(2, 1, 2, 2), torch.ones(2)
     module.loss(lambda x, c_noise, y: x * scale, x, t, x, t / 2, c=c).sum().backward()
     assert scale.grad.isfinite()
 
 
-@pytest.mark.parametrize('module', [sct, vct])
-def test_the_weights_of_the_loss(module):
+@pytest.mark.parametrize('module, weighting', [(sct, 'edm'), (sct, 't'), (vct, 'edm')])
+def test_the_weights_of_the_loss(module, weighting):
     x, t, r = torch.randn(2, 1, 4, 4), torch.tensor([0.5, 3.0]), torch.tensor([0.25, 1.0])
-    value = lambda weighting: module.loss(toy, x, t, 2 * x, r, weighting=weighting)
-    close(value('edm'), value('gap') * (t - r) * (t ** 2 + 0.25) / (0.5 * t) ** 2)
-    if module is sct:
-        close(value('t'), value('gap') * (t - r) / t)
+    weight = 1 / t if weighting == 't' else (t ** 2 + 0.25) / (0.5 * t) ** 2
+    gap, other = (module.loss(toy, x, t, 2 * x, r, weighting=kind) for kind in ('gap', weighting))
+    close(other, gap * (t - r) * weight)
 
 
 @every
@@ -161,8 +155,8 @@ def test_level_pairs_follow_the_probabilities(module):
     i = torch.searchsorted(sigmas, r)
     assert torch.equal(sigmas[i], r) and torch.equal(sigmas[i + 1], t)
     assert ((i.bincount(minlength=20) - 1e6 * p).abs() < 5 * (1e6 * p).sqrt() + 1).all()
-    t, r = module.level_pair(torch.tensor([0.0, 1.0]), sigmas, cumulative)          # the ends of the unit interval
-    close(torch.stack([t, r]), [[sigmas[1], 80], [sigmas[0], sigmas[-2]]])
+    ends = module.level_pair(torch.tensor([0.0, 1.0]), sigmas, cumulative)
+    close(torch.stack(ends), [[sigmas[1], 80], [sigmas[0], sigmas[-2]]])
 
 
 @two
@@ -181,20 +175,15 @@ def test_without_scipy_one_line_says_what_to_install(module, monkeypatch, refuse
     refused(module, '--coupling ot --out x', 'pip install scipy')
 
 
-# An oracle: data whose consistency function is known
-
 @pytest.mark.parametrize('module, settings, numbers, steps, batch, lr', [
     (sct, dict(ref_size='1', schedule='ect'), 1, 1000, 256, 6e-3),
     (sct, dict(ref_size='batch', schedule='ect'), 1, 1500, 512, 3e-3),
-    (gc_ct, dict(mu=0.0, s1=160), 1, 1000, 256, 6e-3), (gc_ct, dict(mu=0.5, s1=160), 768, 1000, 128, 3e-3),
+    (gc_ct, dict(mu=0.0, s1=160), 1, 1000, 256, 6e-3), (gc_ct, dict(mu=0.5, s1=160), 768, 1500, 128, 2e-3),
     (vct, dict(base='ecm', kernel='li'), 1, 1000, 256, 6e-3)])
 def test_training_approaches_the_exact_consistency_function(module, settings, numbers, steps, batch, lr):
-    """N(0, I) data, a small network, the script's own levels, pairs and loss: f -> x / sqrt(1 + t²).
-
-    With `li` x_t has the standard deviation sqrt(a² + t²), a = 1 - t / sigma_max, and the flow is linear too. Error
-    bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80. GC's generated pairs have
-    a flow of their own, which a network must tell from that of the data: in 768 numbers it can, by |x|; in one it
-    cannot (13 %).
+    """N(0, I) data, a small network, the script's levels, pairs and loss: f -> x / sqrt(a² + t²), a = 1, or with `li`
+    1 - t / sigma_max. Error bound: 5 % of the data's deviation, root mean square over x_t and over t from 0.02 to 80.
+    GC's pairs have a flow of their own; a network tells it from that of the data by |x| in 768 numbers, not in one.
     """
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
@@ -235,44 +224,34 @@ def test_training_approaches_the_exact_consistency_function(module, settings, nu
 
 # What a run trains on
 
-def patch_presets(monkeypatch, module, **settings):
-    """Sets what has no flag, in the presets of the built-in data set."""
-    for key, preset in list(module.PRESETS.items()):
-        if 'shapes' in (key, key[0]):
-            monkeypatch.setitem(module.PRESETS, key, preset | settings)
-
-
 @pytest.mark.parametrize('name, flags', [
-    ('sct', '--schedule ect'), ('sct', '--schedule smooth'), ('sct', '--schedule smooth --phases 3'),
-    ('gc_ct', '--schedule ict'), ('gc_ct', '--schedule ect'),
-    ('vct', '--base ict'), ('vct', '--base ecm'), ('vct', '--base ecm --kernel li')])
+    ('sct', '--schedule ect'), ('sct', '--schedule smooth --phases 3 --edges 0.3,2'),
+    ('gc_ct', '--schedule ict --s0 4 --s1 16'), ('gc_ct', '--schedule ect'),
+    ('vct', '--base ict --s0 4 --s1 16'), ('vct', '--base ecm'), ('vct', '--base ecm --kernel li')])
 def test_the_levels_and_settings_that_a_run_trains_with(name, flags, few_shapes, spy, monkeypatch):
     """After a step of pretraining; the settings are none of the defaults."""
-    script = Script(name)
-    module, tunes = script.module, 'ict' not in flags
-    own = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=4.0, c=0.03)
-    patch_presets(monkeypatch, module, **own | ({} if name == 'gc_ct' else dict(weighting='edm')))
-    calls = spy(module, 'loss')
-    sizes = [] if name == 'sct' else ['--s0', 4, '--s1', 16]
-    assert script.train('--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--stages', 3, *sizes, *flags.split()) == 0
-    assert len(calls) == 4
+    script, tunes = Script(name), 'ict' not in flags
+    own = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=4.0, c=0.03) | ({} if name == 'gc_ct' else dict(weighting='edm'))
+    for key, preset in script.module.PRESETS.items():
+        monkeypatch.setitem(script.module.PRESETS, key, preset | own)
+    calls = spy(script.module, 'loss')
+    assert script.train('--batch', 64, '--steps', 5, '--pretrain-steps', 1, '--stages', 3, *flags.split()) == 0
     for done, call in enumerate(calls):
         if tunes:
             t = (-0.5 + 4 * common.randn((64,), 0, done + 1, 'level')).exp()
-            t = t.clamp(max=80) if 'li' in flags.split() else t
+            t = t.clamp(max=80) if 'kernel' in flags else t
             stage = done / 4 * 3 if 'smooth' in flags else [0, 0, 1, 2][done]
             r = (t * (1 - (1 + 4 * torch.sigmoid(-2 * t)) / 3 ** (stage + 1))).clamp(min=0)
             if 'phases' in flags:
-                low, middle, _ = module.rho_levels(3)[1:]
-                r = r.maximum(torch.where(t > middle, middle, torch.where(t > low, low, 0.0)))
-                assert ((r == middle) | (r == low)).any()
+                r = r.maximum(torch.tensor([0, 0.3, 2])[(t > 0.3).long() + (t > 2).long()])
+                assert done or (r == 2).any() and (r == torch.tensor(0.3)).any()
+                close(call.edges, [0, 0.3, 2, 80])
         else:
-            sigmas = torch.tensor(module.rho_levels([4, 8, 16, 16][done]))
-            p = module.pair_probabilities(sigmas, -0.5, 4.0).cumsum(0)
+            sigmas = torch.tensor(script.module.rho_levels([4, 8, 16, 16][done]))
+            p = script.module.pair_probabilities(sigmas, -0.5, 4.0).cumsum(0)
             i = torch.searchsorted(p, common.rand((64,), 0, done + 1, 'level').double(), right=True)
             t, r = sigmas[i + 1], sigmas[i]
-        torch.testing.assert_close(call.t, t)
-        torch.testing.assert_close(call.r, r)
+        torch.testing.assert_close(torch.stack([call.t, call.r]), torch.stack([t, r]))
         assert call.c == pytest.approx(0.03 if tunes else 0.03 * math.sqrt(3 * 8 * 8))
         assert name == 'gc_ct' or call.weighting == 'edm'
         assert name == 'sct' or call.m == (0.0 if tunes else 0.002)
@@ -280,19 +259,17 @@ def test_the_levels_and_settings_that_a_run_trains_with(name, flags, few_shapes,
     close(logged[1:], [call.result.mean().item() for call in calls])
 
 
-@pytest.mark.parametrize('name, flags', [('sct', '--ref-size 1'), ('gc_ct', '--coupling gc'), ('gc_ct', '--coupling ot'),
-                                         ('vct', '--coupling vc'), ('vct', '--coupling ot --kernel li')])
+@pytest.mark.parametrize('name, flags', [('sct', '--ref-size 1'), ('gc_ct', ''), ('gc_ct', '--coupling ot'),
+                                         ('vct', ''), ('vct', '--coupling ot --kernel li')])
 def test_pretraining_has_edms_levels_and_independent_pairs(name, flags, few_shapes, spy):
     pytest.importorskip('scipy') if 'ot' in flags else None
-    script = Script(name)
-    calls = spy(script.module, 'denoising_loss')
+    script, calls = Script(name), spy(MODULES[name], 'denoising_loss')
     assert script.train(*TUNING[name], *flags.split(), '--steps', 3, '--pretrain-steps', 3, '--seed', 5) == 0
     for step, call in enumerate(calls):
         x0, y, eps = draws(step, seed=5)
-        t = (-1.2 + 1.2 * common.randn((8,), 5, step, 'level')).exp()
-        torch.testing.assert_close(call.t, t)
-        share = wide(1 - t / 80) if 'li' in flags else 1
-        torch.testing.assert_close(call.x_t, share * x0 + wide(t) * eps)
+        torch.testing.assert_close(call.t, (-1.2 + 1.2 * common.randn((8,), 5, step, 'level')).exp())
+        share = wide(1 - call.t / 80) if 'kernel li' in flags else 1
+        torch.testing.assert_close(call.x_t, share * x0 + wide(call.t) * eps)
         assert torch.equal(call[0][3], x0) and torch.equal(call.y, y)
     assert len(calls) == 3 and (script.out / 'final.pt').exists()
 
@@ -300,11 +277,9 @@ def test_pretraining_has_edms_levels_and_independent_pairs(name, flags, few_shap
 @pytest.mark.parametrize('name', ['gc_ct', 'vct'])
 def test_transport_moves_labels_with_their_images(name, few_shapes, spy):
     pytest.importorskip('scipy')
-    script = Script(name)
-    calls = spy(script.module, 'loss')
+    script, calls = Script(name), spy(MODULES[name], 'loss')
     assert script.train('--batch', 32, '--steps', 1, '--coupling', 'ot') == 0
-    x0, y, eps = draws(0, 32)
-    call, = calls
+    (x0, y, eps), (call,) = draws(0, 32), calls
     moved = call.x_t - wide(call.t) * eps
     order = torch.cdist(moved.flatten(1), x0.flatten(1)).argmin(1)
     assert sorted(order.tolist()) == list(range(32)) and order.tolist() != list(range(32))
@@ -347,12 +322,9 @@ def test_every_way_to_train_and_sample(name, flags, few_shapes):
     encoder = name == 'vct' and 'independent' not in flags and 'ot' not in flags
     assert any(key.startswith('encoder.') for key in weights(script.out)) == encoder
     assert name != 'vct' or all((line['kl'] > 0) == encoder for line in steps)
-    model = script.module.load(script.out / 'final.pt')
-    images = script.module.sample(model, 4, nfe=3)
-    assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and not model.training
+    images = script.module.sample(script.module.load(script.out / 'final.pt'), 4, nfe=3)
+    assert images.shape == (4, 3, 8, 8) and images.isfinite().all()
 
-
-# Sampling, loading, where training starts
 
 @pytest.mark.parametrize('name, flags', [('sct', ''), ('gc_ct', ''), ('vct', '--kernel li --coupling independent'),
                                          ('vct', '--kernel ve'), ('vct', '--kernel li')])
@@ -369,17 +341,16 @@ def test_sampling_goes_down_the_levels_and_adds_noise(name, flags, few_shapes):
             if i and hasattr(model, 'encoder'):
                 mu, std = module.encode(common.network(model.encoder, 'fp32'), x, y)
                 eps = mu + std * eps
-            x_t = x * (1 - sigma / 80 if 'li' in flags.split() else 1) + sigma * eps
+            x_t = x * (1 - sigma / 80 if 'kernel li' in flags else 1) + sigma * eps
             kind = dict(kernel=model.config['kernel']) if name == 'vct' else {}
             x = module.f(net, x_t, torch.full((12,), float(sigma)), y, 0.002, **kind)
         torch.testing.assert_close(module.sample(model, 12, len(sigmas), seed=3), x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_published_start_is_for_the_published_network(script, capsys):
-    for flags, init in [([], unet.URLS['cifar10']), (['--width', 16], 'none'), (['--cond'], 'none'),
-                        (['--pretrain-steps', 10], 'none'), (['--init', 'none'], 'none')]:
-        assert script.run('--dataset', 'cifar10', *TUNING[script.name], *flags, '--dry-run') == 0
-        assert f'"init": "{init}"' in capsys.readouterr().out
+    for flags in '', '--width 16', '--cond', '--pretrain-steps 10', '--init none':
+        assert script.run('--dataset', 'cifar10', *TUNING[script.name], *flags.split(), '--dry-run') == 0
+        assert f'"init": "{"none" if flags else unet.URLS["cifar10"]}"' in capsys.readouterr().out
 
 
 def test_training_starts_from_the_networks_of_another_run(script, refused):
@@ -409,10 +380,8 @@ def test_noise_levels_are_float32_in_16_bit_networks(network, layer):
 @pytest.mark.assets
 @pytest.mark.parametrize('name', ['sct', 'gc_ct'])
 def test_cifar10_trains_and_scores(name, real, few_shapes, capsys):
-    data, script = real('cifar-10-batches-bin').parent, Script(name)
-    cifar = ['--dataset', 'cifar10', '--data-dir', data, '--init', 'none']
-    size = ['--ref-size', 100] if name == 'sct' else []
-    assert script.run(*cifar, '--width', 16, '--blocks', 1, '--batch', 16, '--steps', 4, *size) == 0
-    flags = ['--data-dir', data, '--fid-num', 20, '--fid-features', 'pixels']
-    assert script.run('--evaluate', f'runs/{name}-cifar10', *flags) == 0
+    script, data = Script(name), ['--data-dir', real('cifar-10-batches-bin').parent, '--fid-features', 'pixels']
+    small = '--width 16 --blocks 1 --batch 16 --steps 4 --init none' + ' --ref-size 100' * (name == 'sct')
+    assert script.run('--dataset', 'cifar10', *data, *small.split()) == 0
+    assert script.run('--evaluate', f'runs/{name}-cifar10', *data, '--fid-num', 20) == 0
     assert 'against the 50,000 training images' in capsys.readouterr().out
