@@ -398,7 +398,10 @@ class Clock:
         with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
             yield start                                         # eager: the counter does not see into compiled code
         yield start + 1
-        size, products = 8192 if self.device.type == 'cuda' else 2048, []
+        cuda = self.device.type == 'cuda'
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        size, products = 8192 if cuda else 2048, []
         a = torch.randn(size, size, device=self.device, dtype=DTYPES[precision])
         product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads())
         for step in range(start + 2, start + 2 + n):
@@ -406,7 +409,7 @@ class Clock:
             self.last = time.perf_counter()
             yield step
             self('log')
-        cuda, seconds = self.device.type == 'cuda', sum(self.parts.values()) / n
+        seconds = sum(self.parts.values()) / n
         rate, best = counter.get_total_flops() / seconds / 1e12, 2 * size ** 3 / np.median(products) / 1e12
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         print0(f'{batch / seconds:,.1f} img/s, {seconds:.3f} s a step, peak memory {memory / 2 ** 30:.2f} GiB')
