@@ -1,4 +1,5 @@
 """common.py: keyed randomness, steps, data in all its forms and faults, checkpoints, log, pictures, processes."""
+import contextlib
 import hashlib
 import http.server
 import io
@@ -28,20 +29,23 @@ CPU = torch.device('cpu')
 
 
 def flags(**values):
-    defaults = dict(dataset='folder', data_dir='data', resolution=None, cond=False, labels=None, out='out', steps=7,
-                    benchmark=None, batch=4, save_every=100, sample_every=None, eval_every=None, resume=False,
-                    script='sct')
-    return Namespace(**defaults | values)
+    defaults = sct.PRESETS['folder'] | dict(dataset='folder', labels=None, benchmark=None, resume=False, script='sct')
+    return Namespace(**defaults | dict(sample_every=None, eval_every=None) | values)
 
 
-# Randomness
+# Randomness and steps
 
 def test_draws_depend_on_their_key_alone():
     a = common.randn((4, 3), 0, 17, 'noise')
     torch.randn(5)
     assert torch.equal(a, common.randn((4, 3), 0, 17, 'noise'))
-    others = [common.randn((4, 3), *parts) for parts in [(1, 17, 'noise'), (0, 18, 'noise'), (0, 17, 'level')]]
-    assert all(not torch.equal(a, b) for b in others)
+    for parts in [(1, 17, 'noise'), (0, 18, 'noise'), (0, 17, 'level')]:
+        assert not torch.equal(a, common.randn((4, 3), *parts))
+    images = torch.arange(400.0).view(100, 1, 2, 2)
+    out = common.mirror(images, 0, 1)
+    flipped = (out == images.flip(3)).flatten(1).all(1)
+    assert 30 < flipped.sum() < 70 and torch.equal(out[~flipped], images[~flipped])
+    assert torch.equal(out, common.mirror(images, 0, 1)) and not torch.equal(out, common.mirror(images, 0, 2))
 
 
 @pytest.mark.parametrize('n, batch', [(10, 3), (10, 10), (10, 25), (7, 2)])
@@ -52,30 +56,15 @@ def test_every_epoch_is_a_permutation(n, batch):
     assert not torch.equal(common.batch_indices(n, n, 0, seed=5), common.batch_indices(n, n, 0, seed=6))
 
 
-def test_half_of_the_images_are_mirrored_by_their_key():
-    images = torch.arange(400.0).view(100, 1, 2, 2)
-    out = common.mirror(images, 0, 1)
-    flipped = (out == images.flip(3)).flatten(1).all(1)
-    assert 30 < flipped.sum() < 70 and torch.equal(out[~flipped], images[~flipped])
-    assert torch.equal(out, common.mirror(images, 0, 1)) and not torch.equal(out, common.mirror(images, 0, 2))
-
-
-# Steps
-
-def test_the_average_moves_towards_the_network():
+def test_average_and_learning_rate():
     net, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = 0.9 * ema.weight.detach() + 0.1 * net.weight.detach()
     common.update_ema(ema, net, 0.9)
     torch.testing.assert_close(ema.weight.detach(), expected)
-
-
-def test_learning_rate_falls_with_the_root_of_the_step():
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=9.0)
-
-    def rate(*settings):
+    optimizer = torch.optim.Adam(net.parameters(), lr=9.0)
+    for settings, rate in [((10, 0.5), 0.5), ((2000, 1e-3, 2000), 1e-3), ((8000, 1e-3, 2000), 5e-4)]:
         common.learning_rate(optimizer, *settings)
-        return optimizer.param_groups[0]['lr']
-    assert rate(10, 0.5) == 0.5 and rate(2000, 1e-3, 2000) == 1e-3 and rate(8000, 1e-3, 2000) == pytest.approx(5e-4)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(rate)
 
 
 def test_gradients_that_are_not_finite_become_zero_and_show_in_the_norm():
@@ -87,28 +76,25 @@ def test_gradients_that_are_not_finite_become_zero_and_show_in_the_norm():
     assert p[0].grad.tolist() == [1, 0, 2] and p[1].grad.tolist() == [0, 1]
 
 
-def test_microbatches_cover_the_part_of_the_batch_that_is_the_processes_own(monkeypatch):
-    args = Namespace(batch=8, microbatch=3, seed=0)
-    parts, seeds = zip(*common.microbatches(None, args, 5))
-    assert [range(8)[part] for part in parts] == [range(0, 3), range(3, 6), range(6, 8)] and len(set(seeds)) == 3
-    args.microbatch = None
-    (part, seed), = common.microbatches(None, args, 5)
-    assert range(8)[part] == range(8) and seed == seeds[0]
-    assert seed != next(iter(common.microbatches(None, args, 6)))[1]            # another step, other units are dropped
+def test_microbatches_cover_the_processes_part_of_the_batch_with_masks_of_their_own(monkeypatch):
+    def parts(size, step):
+        found = list(common.microbatches(None, Namespace(batch=8, microbatch=size, seed=0), step))
+        return [range(8)[common.rank_slice(8)][part] for part, _ in found], [seed for _, seed in found]
+    three, seeds = parts(3, 5)
+    assert three == [range(0, 3), range(3, 6), range(6, 8)] and len(set(seeds)) == 3
+    assert parts(None, 5) == ([range(8)], seeds[:1]) and parts(None, 6)[1] != seeds[:1]
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
-    (part, other), = common.microbatches(None, args, 5)
-    assert range(8)[common.rank_slice(8)][part] == range(4, 8) and other != seed
+    assert parts(None, 5)[0] == [range(4, 8)] and parts(None, 5)[1] != seeds[:1]
 
 
 # Data
 
 def test_a_shape_is_a_function_of_its_number():
-    assert np.array_equal(common.draw_shape(13), common.draw_shape(13))
-    assert not np.array_equal(common.draw_shape(13), common.draw_shape(23))
     data = common.shapes(40, 24)
     assert data.images.shape == (40, 3, 24, 24) and data.images.dtype == torch.uint8 and data.classes == 10
     assert np.array_equal(data.images[13], common.draw_shape(13, 24)) and data.labels[13] == 3
+    assert not np.array_equal(data.images[13], data.images[23])
 
 
 def test_bytes_become_floats_and_the_nearest_bytes_again():
@@ -119,16 +105,16 @@ def test_bytes_become_floats_and_the_nearest_bytes_again():
         assert torch.equal(common.to_uint8((levels[1:-1] + shift) / 127.5 - 1), levels[1:-1])
 
 
+class Handler(http.server.SimpleHTTPRequestHandler):
+    log_message = lambda *_: None
+
+    def send_header(self, name, value):
+        super().send_header(name, str(int(value) + 1) if name == 'Content-Length' and 'cut' in self.path else value)
+
+
 @pytest.fixture
 def server(tmp_path):
-    """Serves a folder on the loopback interface -> (folder, address). What is called `cut` breaks off before its end."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def send_header(self, name, value):
-            longer = name == 'Content-Length' and 'cut' in self.path
-            super().send_header(name, str(int(value) + 1) if longer else value)
+    """Serves a folder on the loopback interface -> (folder, address). What is called `cut` breaks off."""
     folder = tmp_path / 'served'
     folder.mkdir()
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), lambda *a: Handler(*a, directory=str(folder))) as web:
@@ -138,18 +124,14 @@ def server(tmp_path):
 
 
 def test_downloads_are_whole_and_checked_or_leave_nothing(server, tmp_path):
-    (served, address), target = server, tmp_path / 'new' / 'y'
+    (served, address), target, md5 = server, tmp_path / 'new' / 'y', hashlib.md5(bytes(100)).hexdigest()
     for name in ('whole', 'cut'):
         (served / name).write_bytes(bytes(100))
-    md5 = hashlib.md5(bytes(100)).hexdigest()
-    for url, digest, words in [(f'{address}/cut', None, 'could not be downloaded from'),
-                               (f'{address}/none', None, 'could not be downloaded from'),
-                               ('http://127.0.0.1:9/x', md5, 'could not be downloaded from'),
-                               (f'{address}/whole', 'aa', 'has md5')]:
+    for url, digest, words in [(f'{address}/cut', None, 'could not be'), (f'{address}/none', None, 'could not be'),
+                               ('http://127.0.0.1:9/x', md5, 'could not be'), (f'{address}/whole', 'aa', 'has md5')]:
         with pytest.raises(UserError, match=words) as error:
             common.download(url, target, 'md5', digest)
-        assert url in str(error.value) and '\n' not in str(error.value)
-        assert {path for path in tmp_path.rglob('*') if path.is_file()} == {served / 'cut', served / 'whole'}
+        assert url in str(error.value) and not target.exists() and not list(tmp_path.rglob('*.part'))
     common.download(f'{address}/whole', target, 'md5', md5[:8])
     common.download('http://127.0.0.1:9/x', target, 'md5', None)                # it is there
     assert target.read_bytes() == bytes(100)
@@ -157,52 +139,36 @@ def test_downloads_are_whole_and_checked_or_leave_nothing(server, tmp_path):
         common.download('http://127.0.0.1:9/x', target, 'md5', 'aa')
 
 
-CIFAR_NAMES = [f'data_batch_{i}.bin' for i in range(1, 6)]
-
-
-def cifar_bytes(i):
-    record = np.full((10_000, 3073), i, np.uint8)
-    record[:, 0] = np.arange(10_000) % 10
-    record[:, 1:1025], record[7, 1] = 200, 11                   # red plane; the first pixel of record 7
-    return record.tobytes()
-
-
-def test_cifar10_packed_unpacked_and_downloaded(server, tmp_path, monkeypatch):
+def test_cifar10_downloaded_packed_unpacked_and_damaged(server, tmp_path, monkeypatch):
     (served, address), home = server, tmp_path / 'new' / 'data'
     archive, folder = home / 'cifar-10-binary.tar.gz', home / 'cifar-10-batches-bin'
+    files = {folder / f'data_batch_{i + 1}.bin': np.full((10_000, 3073), i, np.uint8) for i in range(5)}
     with tarfile.open(served / 'archive', 'w:gz', compresslevel=1) as tar:
-        for i, name in enumerate(CIFAR_NAMES):
-            info = tarfile.TarInfo(f'{folder.name}/{name}')
-            info.size = 30_730_000
-            tar.addfile(info, io.BytesIO(cifar_bytes(i)))
+        for path, record in files.items():
+            record[:, 0] = np.arange(10_000) % 10
+            record[:, 1:1025], record[7, 1] = 200, 11                           # red plane; the first pixel of record 7
+            info = tarfile.TarInfo(f'{folder.name}/{path.name}')
+            info.size = record.size
+            tar.addfile(info, io.BytesIO(record.tobytes()))
 
     def check(root):
         data = common.cifar10(root)
         assert data.images.shape == (50_000, 3, 32, 32) and data.labels[:11].tolist() == [*range(10), 0]
-        assert data.images[7, :, 0, 0].tolist() == [11, 0, 0]
-        assert data.images[10_000, :, 3, 3].tolist() == [200, 1, 1]
+        assert data.images[[7, 10_000], :, [0, 3], [0, 3]].tolist() == [[11, 0, 0], [200, 1, 1]]
     monkeypatch.setattr(common, 'CIFAR10_MD5', hashlib.md5((served / 'archive').read_bytes()).hexdigest())
     monkeypatch.setattr(common, 'CIFAR10_URL', f'{address}/archive')
-    check(home)                                                                 # downloaded
-    assert [path for path in home.iterdir()] == [archive]
+    check(home)
     monkeypatch.setattr(common, 'CIFAR10_URL', 'http://127.0.0.1:9/nothing')
-    check(home)                                                                 # found packed
-    archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(UserError, match='cifar-10-binary.tar.gz has md5'):
-        common.cifar10(home)
-    archive.unlink()
-    with pytest.raises(UserError, match='could not be downloaded'):
-        common.cifar10(home)
-    folder.mkdir()
-    (folder / CIFAR_NAMES[0]).write_bytes(b'cut short')
-    with pytest.raises(UserError, match='data_batch_2.bin'):
-        common.cifar10(home)
-    for i, name in list(enumerate(CIFAR_NAMES))[1:]:
-        (folder / name).write_bytes(cifar_bytes(i))
-    with pytest.raises(UserError, match='data_batch_1.bin has 9 bytes'):
-        common.cifar10(home)
-    (folder / CIFAR_NAMES[0]).write_bytes(cifar_bytes(0))
-    check(home)                                                                 # found unpacked
+    check(archive)
+    for damage, words in [(lambda: archive.write_bytes(b'cut'), 'cifar-10-binary.tar.gz has md5'),
+                          (archive.unlink, 'could not be downloaded'), (folder.mkdir, 'data_batch_1.bin'),
+                          (lambda: [path.write_bytes(record.tobytes()[path.name == 'data_batch_2.bin':])
+                                    for path, record in files.items()], 'data_batch_2.bin has 30,729,999 bytes')]:
+        damage()
+        with pytest.raises(UserError, match=words):
+            common.cifar10(home)
+    (folder / 'data_batch_2.bin').write_bytes([*files.values()][1].tobytes())
+    check(home)
     check(folder)
 
 
@@ -219,51 +185,46 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
     (tmp_path / 'set/dog/notes.txt').write_text('no image')
     with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
         for path in (tmp_path / 'set').rglob('*'):
-            archive.write(path, path.relative_to(tmp_path / 'set'))
-    a, b = (common.load_data(flags(data_dir=tmp_path / name, cond=True), CPU) for name in ('set', 'set.zip'))
-    assert torch.equal(a.images, b.images) and a.images.shape == (4, 3, 8, 8)
-    assert a.labels.tolist() == b.labels.tolist() == [0, 0, 1, 1]           # cat/a, cat/deep/c, dog/b, dog/U
-    assert a.classes == 2
+            archive.write(path, '../..' / path.relative_to(tmp_path))           # names that nothing is written to
+    a, b = (common.load_data(flags(data_dir=tmp_path / name, cond=name == 'set'), CPU) for name in ('set', 'set.zip'))
+    assert torch.equal(a.images, b.images) and a.images.shape == (4, 3, 8, 8) and b.labels.tolist() == [0] * 4
+    assert a.labels.tolist() == [0, 0, 1, 1] and a.classes == 2                 # cat/a, cat/deep/c, dog/b, dog/U
     assert np.array_equal(a.images[0], np.asarray(Image.open(tmp_path / 'set/cat/a.png')).transpose(2, 0, 1))
-    args = flags(data_dir=tmp_path / 'set')
-    assert common.load_data(args, CPU).labels.tolist() == [0, 0, 0, 0]
-    assert (args.resolution, args.in_channels, args.label_dim) == (8, 3, 0)
-    images, labels = b.at(torch.tensor([3, 1]), CPU)
+    images, labels = a.at(torch.tensor([3, 1]), CPU)
     assert torch.equal(images, common.normalise(a.images[[3, 1]])) and labels.tolist() == [1, 0]
+    assert common.cache_folder(flags(data_dir=tmp_path / 'set.zip')) == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {'set', 'set.zip'}
 
 
 def test_labels_from_edms_dataset_json(tmp_path):
-    for i in range(3):
-        picture(tmp_path / f'00000/img{i}.png', seed=i)
     table = {'labels': [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]}
+    for name, _ in table['labels']:
+        picture(tmp_path / name)
     (tmp_path / 'dataset.json').write_text(json.dumps(table))
-    data = common.load_data(flags(data_dir=tmp_path, cond=True), CPU)
-    assert data.labels.tolist() == [5, 0, 2] and data.classes == 6
+    args = flags(data_dir=tmp_path, cond=True)
+    assert common.load_data(args, CPU).labels.tolist() == [5, 0, 2]
+    assert (args.resolution, args.in_channels, args.label_dim) == (8, 3, 6)
     table['labels'].pop()
     (tmp_path / 'dataset.json').write_text(json.dumps(table))
     with pytest.raises(UserError, match='dataset.json'):
-        common.load_data(flags(data_dir=tmp_path, cond=True), CPU)
+        common.load_data(args, CPU)
 
 
 def test_image_formats_and_the_central_square(tmp_path):
-    tall = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8))
-    exif = Image.Exif()
+    tall, exif = Image.open(picture(tmp_path / 'a.png')), Image.Exif()
     exif[0x0112] = 6                                                            # "rotate me by 90 degrees"
     tall.save(tmp_path / 'a.jpg', exif=exif, quality=100, subsampling=0)
-    picture(tmp_path / 'b.jpg', mode='CMYK')
     Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(tmp_path / 'c.png')       # 16 bits
-    picture(tmp_path / 'd.png', mode='L')
-    picture(tmp_path / 'e.gif', mode='P')
-    picture(tmp_path / 'f.png', mode='RGBA')
-    images = common.image_folder(tmp_path).images
-    assert images.shape == (6, 3, 8, 8) and (images[2] == 100).all() and torch.equal(images[3, 0], images[3, 1])
-    upright = np.asarray(tall.rotate(-90)).transpose(2, 0, 1).astype(int)
-    assert np.abs(images[0].numpy().astype(int) - upright).mean() < 8
+    for name, mode in [('b.jpg', 'CMYK'), ('d.png', 'L'), ('e.gif', 'P'), ('f.png', 'RGBA')]:
+        picture(tmp_path / name, mode=mode)
+    images = common.image_folder(tmp_path).images.int()
+    assert images.shape == (7, 3, 8, 8) and (images[3] == 100).all() and torch.equal(images[4, 0], images[4, 1])
+    assert (images[0] - images[1].rot90(-1, (1, 2))).abs().float().mean() < 8
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, 4:12] = 255
     Image.fromarray(wide).save(tmp_path / 'g.png')
     images = common.image_folder(tmp_path, resolution=4).images
-    assert images.shape == (7, 3, 4, 4) and (images[6] == 255).all()
+    assert images.shape == (8, 3, 4, 4) and (images[7] == 255).all()
 
 
 def enormous(path):
@@ -274,64 +235,56 @@ def enormous(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize('words, fault', [
-    ('b.png is 10x10, not 8x8', lambda b: picture(b, (10, 10))), ('b.png is 8x6, not 8x8', lambda b: picture(b, (8, 6))),
-    ('b.png cannot be read', lambda b: b.write_bytes(b.read_bytes()[:-60])),
-    ('b.png cannot be read', lambda b: b.write_text('not an image')), ('b.png cannot be read', enormous),
-    ('dataset.json', lambda b: (b.parent / 'dataset.json').write_text('{'))])
-def test_images_that_cannot_be_used_are_named(tmp_path, words, fault):
-    picture(tmp_path / 'a.png')
-    fault(picture(tmp_path / 'b.png'))
+def link_in_a_zip(path):
+    link = zipfile.ZipInfo('link.png')
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path.parent.with_suffix('.zip'), 'w') as archive:
+        archive.writestr(link, str(path))
+
+
+@pytest.mark.parametrize('words, fault, root, settings', [
+    ('b.png is 10x10, not 8x8', lambda b: picture(b, (10, 10)), 'set', {}),
+    ('b.png is 8x6, not 8x8', lambda b: picture(b, (8, 6)), 'set', {}),
+    ('b.png cannot be read', lambda b: b.write_bytes(b.read_bytes()[:-60]), 'set', {}),
+    ('b.png cannot be read', lambda b: b.write_text('not an image'), 'set', {}),
+    ('b.png cannot be read', enormous, 'set', {}), ('link.png cannot be read', link_in_a_zip, 'set.zip', {}),
+    ('dataset.json', lambda b: (b.parent / 'dataset.json').write_text('{'), 'set', {}),
+    ('no folder or zip', id, 'nowhere', {}), ('no folder or zip', id, 'set/a.png', {}),
+    ('holds no images', lambda b: (b.parent / 'sub').mkdir(), 'set/sub', {}),
+    ('--cond', id, 'set', dict(cond=True)), ('--labels 1', id, 'set', dict(labels=[0, 1])),
+    ('--labels 10', id, '', dict(dataset='shapes', resolution=8, cond=True, labels=[10]))])
+def test_data_that_cannot_be_used_are_named(tmp_path, words, fault, root, settings):
+    picture(tmp_path / 'set/a.png')
+    fault(picture(tmp_path / 'set/b.png'))
     with pytest.raises(UserError, match=words) as error:
-        common.load_data(flags(data_dir=tmp_path), CPU)
+        common.load_data(flags(data_dir=tmp_path / root, **settings), CPU)
     assert '\n' not in str(error.value)
 
 
-def test_folders_that_cannot_be_used_are_named(tmp_path):
-    (tmp_path / 'empty').mkdir()
-    image = picture(tmp_path / 'set/a.png')
-    for root, settings, words in [
-            ('nowhere', {}, 'no folder or zip'), (image, {}, 'no folder or zip'), ('empty', {}, 'holds no images'),
-            ('set', dict(cond=True), '--cond'), ('set', dict(labels=[0, 1]), '--labels 1'),
-            ('set', dict(dataset='shapes', resolution=8, cond=True, labels=[10]), '--labels 10')]:
-        with pytest.raises(UserError, match=words):
-            common.load_data(flags(data_dir=tmp_path / root, **settings), CPU)
-
-
-def test_zips_write_nothing_and_their_links_are_not_followed(tmp_path):
-    image, path = picture(tmp_path / 'in/x.png'), tmp_path / 'z.zip'
-    with zipfile.ZipFile(path, 'w') as archive:
-        archive.write(image, '../../escaped.png')
-        archive.write(image, '/absolute.png')
-    assert len(common.image_folder(path).images) == 2
-    assert not list(tmp_path.parent.glob('**/escaped.png')) and not Path('/absolute.png').exists()
-    link = zipfile.ZipInfo('link.png')
-    link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(path, 'a') as archive:
-        archive.writestr(link, str(image))
-    with pytest.raises(UserError, match='link.png cannot be read'):
-        common.image_folder(path)
+@contextlib.contextmanager
+def room(size):
+    """No file may grow beyond `size` bytes: as on a disk that is nearly full."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
     """Above a size, decoded images lie in a file, which is found again and follows the folder."""
     folder = tmp_path / 'pictures'
-    for i in range(5):
-        picture(folder / f'{i}.png', seed=i)
+    paths = [picture(folder / f'{i}.png', seed=i) for i in range(5)]
     plain = common.image_folder(folder).images
     monkeypatch.setattr(common, 'MAPPED', 900)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))          # a file that may not grow: as on a full disk
-    try:
-        with pytest.raises(UserError, match='uint8 could not be written'):
-            common.image_folder(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with room(500), pytest.raises(UserError, match='uint8 could not be written'):
+        common.image_folder(folder)
     assert list(tmp_path.iterdir()) == [folder]
     assert torch.equal(common.image_folder(folder).images, plain)
     cache, = tmp_path.glob('pictures-8-*.uint8')
-    for i in range(1, 5):
-        (folder / f'{i}.png').write_bytes(bytes((folder / f'{i}.png').stat().st_size))      # not read again
+    for path in paths[1:]:
+        path.write_bytes(bytes(path.stat().st_size))                            # is not read again
     assert torch.equal(common.image_folder(folder).images, plain)
     for i in range(1, 6):
         picture(folder / f'{i}.png', seed=i)
@@ -348,12 +301,8 @@ def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
 def test_atomic_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / 'file'
     common.write_atomic(path, lambda file: file.write(b'old'))
-
-    def fail(file):
-        file.write(b'half of the n')
-        raise OSError(28, 'No space left on device')
-    with pytest.raises(UserError, match='file could not be written: .*No space left'):
-        common.write_atomic(path, fail)
+    with room(10), pytest.raises(UserError, match='file could not be written'):
+        common.write_atomic(path, lambda file: file.write(bytes(100)))
     assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
     common.write_atomic(path, lambda file: file.write(b'new'), previous=tmp_path / 'before')
     assert path.read_bytes() == b'new' and (tmp_path / 'before').read_bytes() == b'old'
@@ -372,7 +321,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
 
 
 def test_the_log_has_every_step_once_and_averages_nothing_away(tmp_path):
-    log = common.Log(flags(out=tmp_path), 0, CPU)
+    log = common.Log(flags(out=tmp_path, steps=7), 0, CPU)
     log.block = 3
     for step in range(1, 8):
         log.step(step, loss=torch.tensor(step / 2), grad_norm=torch.tensor(1.0))
@@ -408,21 +357,27 @@ def test_grids_and_curves_have_their_pixels(tmp_path):
 def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys):
     """Also where several processes run, and the words are those of a lost connection."""
     def code(error, *argv):
-        def fail(_):
-            raise error
-        return common.run(fail, list(argv))
+        return common.run(lambda _: (_ for _ in ()).throw(error), list(argv))
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     assert code(UserError('no data:\nconnection refused')) == 2
     assert code(UserError('diverged', code=1)) == 1
     assert code(RuntimeError('Connection closed by peer [127.0.0.1]')) == 1
     assert code(torch.OutOfMemoryError('CUDA out of memory. Tried ...')) == 2 and code(KeyboardInterrupt()) == 130
-    told = capsys.readouterr().err.splitlines()
-    assert told == ['no data: connection refused', 'diverged', 'another process of this run has ended',
-                    'out of memory: lower --batch, or split it with --microbatch', 'interrupted']
+    assert capsys.readouterr().err.splitlines() == [
+        'no data: connection refused', 'diverged', 'another process of this run has ended',
+        'out of memory: lower --batch, or split it with --microbatch', 'interrupted']
     for error, argv in [(RuntimeError('shapes do not fit'), ()), (UserError('words'), ('--debug',))]:
         with pytest.raises(type(error), match=str(error)):
             code(error, *argv)
-    assert common.run(lambda argv: argv.append(0), []) == 0
+
+
+@pytest.fixture
+def signals():
+    """Brings back what Ctrl-C and SIGTERM do to the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 COPY = """
@@ -438,44 +393,23 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize('case, code, words', [
-    ('done', 0, ''), ('exit', 3, ''), ('kill', 137, 'process 1 of 3 was ended by SIGKILL'),
-    ('signal', 130, 'was ended by SIGINT')])
-def test_the_launcher_waits_for_all_copies_and_ends_them_with_the_first_that_fails(
-        case, code, words, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('case, code, words', [('done', 0, ''), ('exit', 3, ''), ('signal', 130, 'ended by SIGINT'),
+                                               ('kill', 137, 'process 1 of 3 was ended by SIGKILL')])
+def test_the_launcher_waits_for_all_copies_or_ends_them_with_the_first_that_fails(
+        case, code, words, tmp_path, monkeypatch, capsys, signals):
     """The copies are of a stand-in for the script; a signal to the launcher reaches them."""
     (tmp_path / 'sct.py').write_text(COPY)
     monkeypatch.setattr(common, '__file__', str(tmp_path / 'common.py'))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    copies = lambda: [path.name.split('-')[1] for path in tmp_path.glob('pid-*')]
 
     def interrupt():
-        while len(list(tmp_path.glob('pid-*'))) < 3:
+        while len(copies()) < 3:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
     if case == 'signal':
         threading.Thread(target=interrupt, daemon=True).start()
-    begin = time.monotonic()
-    argv = [*Script('sct').small, '--batch', '9', '--gpus', '3', '--device', 'cpu', '--out', str(tmp_path / 'x')]
-    try:
-        assert common.run(sct.main, [*argv, '--init', f'{case}:{tmp_path}/pid']) == code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    begin, argv = time.monotonic(), [*Script('sct').small, '--batch', '9', '--gpus', '3', '--device', 'cpu']
+    assert common.run(sct.main, [*argv, '--out', f'{tmp_path}/x', '--init', f'{case}:{tmp_path}/pid']) == code
     error = capsys.readouterr().err
     assert time.monotonic() - begin < 20 and words in error and error.count('\n') == bool(words)
-    assert not any(Path(f'/proc/{path.name[4:]}').exists() for path in tmp_path.glob('pid-*'))
-
-
-@pytest.mark.parametrize('env, wanted', [
-    (dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2', MASTER_ADDR='a', MASTER_PORT='1'), ('a', '1')),         # torchrun
-    (dict(SLURM_STEP_NUM_TASKS='2', SLURM_PROCID='1', SLURM_LOCALID='0', SLURM_LAUNCH_NODE_IPADDR='b'), ('b', '29500')),
-    (dict(SLURM_STEP_NUM_TASKS='1', SLURM_PROCID='0', SLURM_LOCALID='0', SLURM_LAUNCH_NODE_IPADDR='b'), None)])
-def test_the_environment_says_which_process_this_is(env, wanted, monkeypatch):
-    """That of torchrun or of Slurm's srun; a job of one task is a process alone."""
-    joined = []
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **settings: joined.append(settings))
-    monkeypatch.setattr(os, 'environ', env)
-    common.start(common.parse_args('sct', '', sct.PRESETS, sct.add_flags, '', ['--device', 'cpu']))
-    assert (common.rank(), common.world_size()) == ((1, 2) if wanted else (0, 1))
-    assert [(one['rank'], one['world_size'], one['init_method']) for one in joined] == [(1, 2, 'env://')] * bool(wanted)
-    assert not wanted or (env['MASTER_ADDR'], env['MASTER_PORT']) == wanted
+    assert copies() and not any(Path('/proc', pid).exists() for pid in copies())

@@ -8,17 +8,15 @@ import torch
 import common
 import sct
 import unet
+from conftest import named_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')),
                                                    reason='needs a C++ compiler')]
 
 
 def tiny(dropout):
-    torch.manual_seed(0)
     net = unet.SongUNet(8, 3, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=dropout)
-    for p in net.parameters():                      # the last layers begin near zero: let the dropout be seen
-        torch.nn.init.normal_(p, std=0.3)
-    return net
+    return named_weights(net)                       # the last layers begin near zero: let the dropout be seen
 
 
 def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):

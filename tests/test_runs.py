@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import common
 import sct
 import vct
 from conftest import ROOT, SCRIPTS, Script, lines, same, weights
+from test_common import signals                                                 # noqa: F401: a fixture
 
 TUNING = {'gc_ct': ['--schedule', 'ect'], 'vct': ['--base', 'ecm'], 'sct': []}
 
@@ -134,16 +136,11 @@ def test_the_teacher_has_the_students_own_weights_and_not_their_average(script, 
 
 
 def test_tuning_continues_from_the_diffusion_models_average_with_a_fresh_optimiser(script, monkeypatch):
-    """One step of Adam away from the average: a first one changes every weight by the learning rate, which counts anew.
-
-    So does Lion's.
-    """
-    rates, gaps, update, name = [], [], common.update_ema, 'enc.8x8_conv.weight'
-
-    def watch(ema, net, *rest, **more):
-        gaps.append((net.state_dict()[name] - ema.state_dict()[name]).abs())
-        update(ema, net, *rest, **more)
-    monkeypatch.setattr(common, 'update_ema', watch)
+    """One step of Adam or Lion away: a first one changes every weight by the learning rate, which counts anew."""
+    rates, gaps, update = [], [], common.update_ema
+    weight = lambda net: net.state_dict()['enc.8x8_conv.weight']
+    monkeypatch.setattr(common, 'update_ema', lambda ema, net, *rest: (
+        gaps.append((weight(net) - weight(ema)).abs()), update(ema, net, *rest)))
     monkeypatch.setattr(script.module, 'ema_decay', lambda *_: 0.9)
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
@@ -155,15 +152,8 @@ def test_tuning_continues_from_the_diffusion_models_average_with_a_fresh_optimis
 
 
 def test_gradients_that_are_not_finite_are_counted(script, monkeypatch):
-    plain, calls = common.finish_gradients, []
-
-    def spoil(params, *rest):
-        params = list(params)
-        calls.append(1)
-        if len(calls) in (2, 3):
-            params[0].grad[0] = torch.nan
-        return plain(params, *rest)
-    monkeypatch.setattr(common, 'finish_gradients', spoil)
+    plain, scales = common.backward, iter([1, math.nan, math.inf, 1, 1])
+    monkeypatch.setattr(common, 'backward', lambda values, *rest: plain(values * next(scales), *rest))
     assert script.train('--steps', 5) == 0
     assert [line.get('nonfinite', 0) for line in steps(script.out)] == [0, 1, 2, 2, 2]
     assert all(value.isfinite().all() for value in weights(script.out).values())
@@ -191,90 +181,82 @@ for name, env, argv in json.loads(sys.argv[1]):
             os._exit(common.run(globals()[name].main, argv))
     assert [os.waitpid(copy, 0)[1] for copy in copies] == [0, 0], name
 """
-SLURM = dict(SLURM_STEP_NUM_TASKS='2', SLURM_PROCID='RANK', SLURM_LOCALID='RANK', SLURM_LAUNCH_NODE_IPADDR='127.0.0.1')
-LAUNCH = {      # as torchrun, srun and --gpus tell the processes who they are
-    'sct': dict(RANK='RANK', LOCAL_RANK='RANK', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'), 'gc_ct': SLURM,
-    'vct': dict(RANK='RANK', LOCAL_RANK='RANK', WORLD_SIZE='2', INIT_METHOD='file://{folder}/rendezvous')}
-
-
-def flags_for_two(script):
-    return [str(flag) for flag in [*script.small, '--steps', 10, '--device', 'cpu', '--lr', '1e-4', '--eval-every', 10,
-                                   '--fid-num', 120, '--dropout', 0]]
+BOTH = dict(RANK='RANK', LOCAL_RANK='RANK', WORLD_SIZE='2')
+LAUNCH = dict(      # what torchrun, srun and --gpus tell the processes
+    sct=BOTH | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}'), vct=BOTH | dict(INIT_METHOD='file://{folder}/met'),
+    gc_ct=dict(SLURM_STEP_NUM_TASKS='2', SLURM_PROCID='RANK', SLURM_LOCALID='RANK', MASTER_PORT='{port}',
+               SLURM_LAUNCH_NODE_IPADDR='127.0.0.1'))
+FOR_TWO = ['--steps', '10', '--device', 'cpu', '--lr', '1e-4', '--eval-every', '10', '--fid-num', '120']
 
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-    """A folder with a run of each script by two processes: gloo, and the environments of torchrun, Slurm and --gpus."""
+    """A folder with a run of each script by two processes (gloo)."""
     folder, tasks = tmp_path_factory.mktemp('two'), []
     for name, env in LAUNCH.items():
-        port = str(20000 + hash((name, os.getpid())) % 10000)
-        env = {key: value.format(folder=folder) for key, value in env.items()} | dict(MASTER_PORT=port)
-        tasks.append((name, env, [*flags_for_two(Script(name)), '--out', name]))
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            env = {key: value.format(folder=folder, port=free.getsockname()[1]) for key, value in env.items()}
+        tasks.append((name, env, [*Script(name).small, *FOR_TWO, '--out', name]))
     done = subprocess.run([sys.executable, '-c', TWO_OF_EACH, json.dumps(tasks)], cwd=folder, capture_output=True,
                           text=True, timeout=250, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_two_processes_equal_one(script, two):
-    """10 steps, dropout 0: losses, weights and the Fréchet distance agree to rounding."""
-    assert script.run(*flags_for_two(script), '--out', 'one') == 0
-    *one, judged = ([value for name, value in line.items() if name not in ('step', 'kl')] for line in lines('one'))
-    *other, again = ([value for name, value in line.items() if name not in ('step', 'kl')]
-                     for line in lines(two / script.name))
-    assert len(one) == 10
-    np.testing.assert_allclose(one, other, rtol=5e-3)
-    np.testing.assert_allclose(judged, again, rtol=1e-3)
-    one, other = weights('one'), weights(two / script.name)
+def test_two_processes_equal_one(script, two, monkeypatch):
+    """10 steps: losses, weights and the Fréchet distance agree to rounding. A Slurm job of one task is one process."""
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
+    assert script.train(*FOR_TWO, '--out', 'one') == 0
+    values = lambda out: [[value for name, value in line.items() if name != 'kl'] for line in lines(out)]
+    one, both = values('one'), values(two / script.name)
+    np.testing.assert_allclose(one[:10], both[:10], rtol=5e-3)
+    np.testing.assert_allclose(one[10], both[10], rtol=1e-3)
+    one, both = weights('one'), weights(two / script.name)
     for name in one:
         # The sign that Lion takes turns where rounding decides it: 10 steps of 1e-4, twice.
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3 if script.name == 'gc_ct' else 1e-3)
+        torch.testing.assert_close(one[name], both[name], rtol=1e-3, atol=2e-3 if script.name == 'gc_ct' else 1e-3)
 
 
 @pytest.mark.slow
 def test_torchrun_runs_the_script(few_pictures, tmp_path):
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', ROOT / 'sct.py']
     small = [*few_pictures, *Script('sct').small, '--batch', '4', '--steps', '2', '--device', 'cpu', '--out', 'run']
-    subprocess.run([*torchrun, str(ROOT / 'sct.py'), *small], cwd=tmp_path, check=True, timeout=200)
+    subprocess.run([*torchrun, *small], cwd=tmp_path, check=True, timeout=200)
     assert (tmp_path / 'run/final.pt').exists() and len(steps(tmp_path / 'run')) == 2
 
 
-def start(name, cwd, *flags, **streams):
+def start(name, cwd, *flags):
     return subprocess.Popen([sys.executable, str(ROOT / f'{name}.py'), *map(str, flags)], cwd=cwd, text=True,
-                            start_new_session=True, **streams)
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def wait_for_steps(process, out):
-    while not ((out / 'metrics.jsonl').exists() and (out / 'metrics.jsonl').read_text().count('\n') > 2):
+def endless(name, gpus, data, cwd):
+    """A process that trains until it is stopped, after its first steps."""
+    process, metrics = start(name, cwd, *data, *Script(name).small, '--steps', 100_000, '--device', 'cpu', '--gpus',
+                             gpus, '--out', 'run'), cwd / 'run/metrics.jsonl'
+    while not (metrics.exists() and metrics.read_text().count('\n') > 2):
         assert process.poll() is None
         time.sleep(0.1)
+    return process
 
 
 @pytest.mark.parametrize('name, number, gpus', [('sct', 'SIGINT', 2), ('sct', 'SIGTERM', 1)])
 def test_a_signal_ends_the_run(name, number, gpus, few_pictures, tmp_path):
     """With a checkpoint and the command that resumes, for a process alone and for those that --gpus starts."""
-    process = start(name, tmp_path, *few_pictures, *Script(name).small, '--steps', 100_000, '--device', 'cpu',
-                    '--gpus', gpus, '--out', 'run', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_steps(process, tmp_path / 'run')
+    process = endless(name, gpus, few_pictures, tmp_path)
     os.killpg(process.pid, getattr(signal, number))                             # as a terminal does: to the whole group
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0 and error == '' and f'python {name}.py --resume --out run' in out
     assert weights(tmp_path / 'run', 'checkpoint.pt')['step'] == lines(tmp_path / 'run')[-1]['step']
 
 
-def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, monkeypatch, capsys):
-    handlers, plain = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, common.update_ema
+def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, monkeypatch, capsys, signals):
+    plain = common.update_ema
     for count, number, code in [(1, signal.SIGTERM, 0), (2, signal.SIGINT, 130)]:
-        def update(*args, **more):
-            plain(*args, **more)
-            for _ in range(count):
-                os.kill(os.getpid(), number)
-        monkeypatch.setattr(common, 'update_ema', update)
-        try:
-            assert script.train('--out', f'run{count}') == code
-        finally:
-            for each, handler in handlers.items():
-                signal.signal(each, handler)
+        monkeypatch.setattr(common, 'update_ema', lambda *args: (
+            plain(*args), [os.kill(os.getpid(), number) for _ in range(count)]))
+        assert script.train('--out', f'run{count}') == code
     assert weights('run1', 'checkpoint.pt')['step'] == 1 == len(lines('run1')) and not Path('run2/final.pt').exists()
     out, error = capsys.readouterr()
     assert f'python {script.name}.py --resume --out run1' in out and error == 'interrupted\n'
@@ -283,7 +265,7 @@ def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, monkey
 # What is done with a run
 
 def test_samples_and_evaluation(script, capsys):
-    assert script.train() == 0
+    assert script.train('--ema', 0, '--lr', 0.01) == 0
     model = script.module.load(script.out)
     one = script.module.sample(model, 12, seed=3)
     assert one.shape == (12, 3, 8, 8) and one.abs().max() <= 1
@@ -294,7 +276,11 @@ def test_samples_and_evaluation(script, capsys):
         assert torch.equal(one, script.module.sample(script.module.load(script.out / file), 12, seed=3))
         assert script.run('--sample', script.out / file, '--n', 6, '--nfe', 2, '--labels', '1,2') == 0
     assert script.run('--sample', script.out, '--n', 18, '--nfe', '1,2') == 0               # strips of 16 and of 2
-    assert {path.name for path in script.out.glob('*.png')} == {'curves.png', 'sample-1-2-steps.png', 'sample-2-step.png'}
+    names = {path.name for path in script.out.glob('*.png')}
+    assert names == {'curves.png', 'sample-1-2-steps.png', 'sample-2-step.png'}
+    assert script.run('--sample', script.out, '--n', 6, '--nfe', 2, '--labels', '1,2', '--precision', 'bf16',
+                      '--out', 'bf16') == 0
+    assert Path('bf16/sample-2-step.png').read_bytes() != (script.out / 'sample-2-step.png').read_bytes()
     strips = np.asarray(Image.open(script.out / 'sample-1-2-steps.png'))
     assert strips.shape[:2] == (4 * 66 + 2, 16 * 66 + 2)
     images = [common.to_uint8(script.module.sample(model, 18, nfe)).permute(0, 2, 3, 1).numpy() for nfe in (1, 2)]
@@ -311,19 +297,9 @@ def test_sampling_clips_the_images_at_the_end_alone(script, monkeypatch):
     assert script.train('--steps', 1, *['--coupling', 'independent'] * (script.name == 'vct')) == 0
     model, seen = script.module.load(script.out), []
 
-    def f(net, x, *rest, **more):
-        seen.append(x)
-        return torch.full_like(x, 3.0)
-    monkeypatch.setattr(script.module, 'f', f)
+    monkeypatch.setattr(script.module, 'f', lambda net, x, *rest: (seen.append(x), torch.full_like(x, 3.0))[1])
     assert (script.module.sample(model, 2, nfe=2, seed=3) == 1).all()
     torch.testing.assert_close(seen[1], 3 + 0.821 * common.randn((2, 3, 8, 8), 3, 1, 'sample'))
-
-
-def test_precision_of_sampling_is_the_flags(script):
-    assert script.train('--ema', 0, '--lr', 0.01) == 0
-    for precision in ('fp32', 'bf16'):
-        assert script.run('--sample', script.out, '--precision', precision, '--n', 4, '--out', precision) == 0
-    assert Path('fp32/sample-1-step.png').read_bytes() != Path('bf16/sample-1-step.png').read_bytes()
 
 
 def test_a_benchmark_accounts_for_the_step_and_leaves_a_run_alone(script, monkeypatch, capsys):
@@ -364,9 +340,9 @@ def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
             ('--batch 9 --gpus 2 --device cpu --out x', '--batch 9', '2 processes'),
             ('--dataset cifar10 --data-dir nowhere/at/all --resolution 16 --out x', 'nowhere'),
             ('--sample nowhere', 'nowhere'), (f'--sample {run} --evaluate {run}', 'one at a time'),
-            (f'--sample {run} --labels 10', '--labels', '10 classes'), ('--sample file.pt', 'file.pt', 'cannot be read'),
+            (f'--sample {run} --labels 10', '--labels', '10 classes'), ('--sample file.pt', 'cannot be read'),
             (f'--evaluate {run} --fid-ref nowhere.npz', 'nowhere.npz'), (f'--sample {run} --out file', 'file'),
-            ('--resolution 20 --mults 1,2,2,2 --out x', 'cannot be halved'), ('--init nowhere --out x', 'nowhere'),
+            ('--resolution 20 --mults 1,2,2,2 --out x', '--arch', '20'), ('--init nowhere --out x', 'nowhere'),
             ('--init http://127.0.0.1:9/n.pkl --out x', 'could not be downloaded')]:
         free = flags.startswith('--resume') or '--sample' in flags or '--evaluate' in flags
         refused(module, [*([] if free else script.small), *flags.split()], *words)

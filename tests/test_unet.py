@@ -12,20 +12,31 @@ import torch
 
 import common
 from common import UserError
-from conftest import named_weights
+from conftest import ROOT, named_weights
 from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
 
-DATA = Path(__file__).parent / 'data'
-
-
+SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
+TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
+            num_blocks=1, attn_resolutions=[4])
 compiler = pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='needs a C++ compiler')
+both = pytest.mark.parametrize('network', [SongUNet, EDM2UNet])
+
+
+def inputs(n=2):
+    random = torch.Generator().manual_seed(5)
+    return torch.randn(n, 3, 8, 8, generator=random), torch.randn(n, generator=random), torch.eye(4)[:n]
+
+
+def blocks(net):
+    return {f'{part}.{name}': block for part in ('enc', 'dec') for name, block in getattr(net, part).items()
+            if hasattr(block, 'dropout')}
 
 
 @pytest.mark.parametrize('name, network', [('songunet_ddpmpp', SongUNet), ('songunet_ncsnpp_cond', SongUNet),
                                            ('edm2_unet_cond', EDM2UNet)])
-@pytest.mark.parametrize('way', ['plain', 'channels last', pytest.param('compiled', marks=[pytest.mark.slow, compiler])])
+@pytest.mark.parametrize('way', ['plain', 'channels', pytest.param('compiled', marks=[pytest.mark.slow, compiler])])
 def test_published_numbers(name, network, way):
-    golden = np.load(DATA / f'{name}.npz')
+    golden = np.load(Path(__file__).parent / f'data/{name}.npz')
     net = network(**json.loads(str(golden['config'])))
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == json.loads(str(golden['state_dict']))
     layout = torch.contiguous_format if way == 'plain' else torch.channels_last
@@ -40,49 +51,10 @@ def test_published_numbers(name, network, way):
     np.testing.assert_allclose(x.grad.numpy(), golden['grad_x'], rtol=1e-4, atol=1e-5)
 
 
-def test_settings_per_resolution():
-    net = SongUNet(8, 1, 1, model_channels=8, channel_mult=[1, 2], num_blocks=[1, 3], dropout=[0.0, 0.5],
-                   attn_resolutions=[])
-    assert sorted(k for k in net.enc if 'block' in k) == ['4x4_block0', '4x4_block1', '4x4_block2', '8x8_block0']
-    assert sorted(k for k in net.dec if '8x8_block' in k) == ['8x8_block0', '8x8_block1']
-    assert {net.enc[k].dropout for k in net.enc if '8x8_block' in k} == {0.0}
-    assert {net.enc[k].dropout for k in net.enc if '4x4_block' in k} == {0.5}
-    assert [k for part in (net.enc, net.dec) for k, m in part.items() if getattr(m, 'norm2', None)] == ['4x4_in0']
-    assert net(torch.randn(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)
-
-
-def test_augment_labels_enter_without_bias():
-    net = named_weights(SongUNet(8, 3, 3, augment_dim=9, model_channels=8, channel_mult=[1], num_blocks=1)).eval()
-    x, t = torch.randn(2, 3, 8, 8), torch.zeros(2)
-    torch.testing.assert_close(net(x, t), net(x, t, augment_labels=torch.zeros(2, 9)))
-    assert (net(x, t) - net(x, t, augment_labels=torch.ones(2, 9))).abs().max() > 1e-3
-
-
-def test_initial_output_is_tiny_and_weights_are_xavier():
-    torch.manual_seed(0)
-    net = SongUNet(16, 3, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1).eval()
-    assert net(torch.randn(2, 3, 16, 16), torch.zeros(2)).abs().max() < 1e-3
-    w = net.enc['16x16_block0'].conv0.weight
-    assert abs(w.abs().max().item() / (6 / (2 * 32 * 9)) ** 0.5 - 1) < 0.01
-    w = net.dec['8x8_in0'].qkv.weight
-    assert abs(w.abs().max().item() / (0.2 * 6 / (64 + 192)) ** 0.5 - 1) < 0.01
-
-
-@pytest.mark.parametrize('bad', [dict(encoder_type='x'), dict(decoder_type='skip'), dict(embedding_type='x'),
-                                 dict(num_blocks=[1, 2, 3]), dict(img_resolution=15)])
-def test_wrong_settings_are_named(bad):
-    config = dict(img_resolution=16, in_channels=3, out_channels=3, channel_mult=[1, 2], model_channels=8) | bad
-    for network in [SongUNet] if 'type' in next(iter(bad)) else [SongUNet, EDM2UNet]:
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            network(**config)
-
-
-def size(network, *args, **kwargs):
-    with torch.device('meta'):
-        return sum(p.numel() for p in network(*args, **kwargs).parameters())
-
-
 def test_networks_have_the_published_sizes():
+    def size(network, *args, **kwargs):
+        with torch.device('meta'):
+            return sum(p.numel() for p in network(*args, **kwargs).parameters())
     assert size(SongUNet, 32, 3, 3, augment_dim=9, channel_mult=[2, 2, 2]) == 55_733_891       # EDM's CIFAR-10 network,
     assert size(SongUNet, 32, 3, 3, channel_mult=[2, 2, 2]) == 55_732_739                      # trained here without
     # GC's CIFAR-10 network: its published default has attention at the bottom alone.
@@ -91,16 +63,65 @@ def test_networks_have_the_published_sizes():
     assert sizes == {'S': 280_209_253, 'M': 497_803_045, 'L': 777_492_197, 'XL': 1_119_276_709}      # EDM2 Table 2
 
 
+@both
+def test_the_seed_names_the_dropout_mask(network):
+    net, outs = named_weights(network(**TINY | dict(dropout=0.5))), []
+    for seed in [1, 1, 2]:
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(not outs):                          # student, teacher, other mask
+            outs.append(net(*inputs()).detach())
+    torch.testing.assert_close(outs[0], outs[1])
+    assert (outs[0] - outs[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('bad', [dict(encoder_type='x'), dict(decoder_type='skip'), dict(embedding_type='x'),
+                                 dict(num_blocks=[1, 2, 3]), dict(img_resolution=15), dict(dropout=[0.1])])
+def test_wrong_settings_are_named(bad):
+    name, = bad
+    for network in [SongUNet] if 'type' in name else [SongUNet, EDM2UNet]:
+        with pytest.raises(ValueError, match=name):
+            network(**TINY | bad)
+
+
+@both
+def test_no_class_is_no_label_and_settings_are_kept(network):
+    net = named_weights(network(**TINY)).eval()
+    x, t, y = inputs()
+    if network is EDM2UNet:
+        torch.testing.assert_close(net(x, t), net(x, t, torch.zeros(2, 4)))
+    assert (net(x, t) - net(x, t, y)).abs().max() > 1e-4
+    assert (net.img_resolution, net.in_channels, net.label_dim) == (8, 3, 4)
+    assert network(**TINY | dict(label_dim=0))(x, t).shape == x.shape
+
+
+# SongUNet
+
+def test_settings_per_resolution():
+    net = SongUNet(**TINY | dict(num_blocks=[1, 3], dropout=[0.0, 0.5], attn_resolutions=[], label_dim=0))
+    found = {name: (block.dropout, block.attention) for name, block in blocks(net).items()}
+    assert {name for name in found if 'enc' in name and '_block' in name} == {
+        'enc.8x8_block0', 'enc.4x4_block0', 'enc.4x4_block1', 'enc.4x4_block2'}
+    assert {name for name in found if 'dec.8x8_block' in name} == {'dec.8x8_block0', 'dec.8x8_block1'}
+    assert found == {name: (0.5 * ('4x4' in name), name == 'dec.4x4_in0') for name in found}
+    assert net(torch.randn(2, 3, 8, 8), torch.zeros(2)).shape == (2, 3, 8, 8)
+
+
+def test_augment_labels_enter_without_bias():
+    net, (x, t, _) = named_weights(SongUNet(**SMALL | dict(augment_dim=9))).eval(), inputs()
+    torch.testing.assert_close(net(x, t), net(x, t, augment_labels=torch.zeros(2, 9)))
+    assert (net(x, t) - net(x, t, augment_labels=torch.ones(2, 9))).abs().max() > 1e-3
+
+
+def test_initial_output_is_tiny_and_weights_are_xavier():
+    torch.manual_seed(0)
+    net = SongUNet(16, 3, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1).eval()
+    assert net(torch.randn(2, 3, 16, 16), torch.zeros(2)).abs().max() < 1e-3
+    for layer, bound in [(net.enc['16x16_block0'].conv0, (6 / (2 * 32 * 9)) ** 0.5),
+                         (net.dec['8x8_in0'].qkv, (0.2 * 6 / (64 + 192)) ** 0.5)]:
+        assert abs(layer.weight.abs().max().item() / bound - 1) < 0.01
+
+
 # EDM2
-
-TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
-            num_blocks=1, attn_resolutions=[4], channels_per_head=16)
-
-
-def inputs(n=2):
-    random = torch.Generator().manual_seed(5)
-    return torch.randn(n, 3, 8, 8, generator=random), torch.randn(n, generator=random), torch.eye(4)[:n]
-
 
 def test_pieces_keep_magnitude():
     torch.manual_seed(0)
@@ -110,130 +131,88 @@ def test_pieces_keep_magnitude():
     for value in [mp_silu(x), mp_sum(x, torch.randn_like(x), 0.3), mp_cat(x, y), MPConv(32, 16, 3)(x)[..., 1:-1, 1:-1],
                   MPConv(32, 16)(x[:, :, 0, 0])]:
         assert abs(rms(value).item() - 1) < 0.05
-    both = mp_cat(x, y)         # a quarter as many channels, but as much of the result
-    assert abs(both[:, :32].square().sum() / both[:, 32:].square().sum() - 1) < 0.02
+    parts = mp_cat(x, y).square().split([32, 8], dim=1)         # a quarter as many channels, but as much of the result
+    assert abs(parts[0].sum() / parts[1].sum() - 1) < 0.02
     large = torch.full((1, 4), 40000.0, dtype=torch.float16)            # its norm is beyond float16
     assert normalize(large, dim=1).tolist() == [[1.0] * 4]
 
 
 def test_weights_are_normalised_in_place_only_for_the_student():
     torch.manual_seed(0)
-    net = EDM2UNet(**TINY)
+    net = EDM2UNet(**TINY, channels_per_head=16)
+    assert net.eval()(*inputs()).abs().max() == 0                       # training starts from zero
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(3) if p.ndim else p.fill_(0.5)
     before = {name: p.clone() for name, p in net.state_dict().items()}
-    unchanged = lambda: all(torch.equal(before[name], p) for name, p in net.state_dict().items())
-
     net.eval()(*inputs())
-    assert unchanged()
     with torch.no_grad():
         teacher = net.train()(*inputs())
-    assert unchanged()
+    assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())
     student = net(*inputs())
     assert (student - teacher).abs().max() < 0.01 * teacher.abs().max()         # the same function, to normalize's eps
-    for name, p in net.named_parameters():
-        if p.ndim:
-            rms = p.square().flatten(1).mean(1).sqrt()
-            torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
-            assert not torch.equal(before[name], p)
-        else:
-            assert torch.equal(before[name], p)
     student.square().sum().backward()
     for name, p in net.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 0, name
+        assert torch.equal(before[name], p) == (p.ndim == 0) and p.grad is not None and p.grad.abs().max() > 0, name
         if p.ndim:                                                      # scaling a weight changes nothing
+            rms = p.square().flatten(1).mean(1).sqrt()
+            torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
             along = (p.grad * p).flatten(1).sum(1).abs() / p.grad.flatten(1).norm(dim=1) / p.flatten(1).norm(dim=1)
             assert along.max() < 1e-2, name
 
 
-def test_training_starts_from_zero_and_no_class_is_no_label():
-    net = EDM2UNet(**TINY).eval()
-    x, t, y = inputs()
-    assert net(x, t, y).abs().max() == 0
-    named_weights(net)
-    torch.testing.assert_close(net(x, t), net(x, t, torch.zeros(2, 4)))
-    assert (net(x, t) - net(x, t, y)).abs().max() > 1e-4
-    assert (net.img_resolution, net.in_channels, net.label_dim) == (8, 3, 4)
-    assert EDM2UNet(**TINY | dict(label_dim=0))(x, t).shape == x.shape
-
-
 def test_where_edm2_has_dropout_and_attention():
-    net = EDM2UNet(**TINY | dict(dropout=0.5, dropout_res=4, channels_per_head=8))
-    blocks = {name: block for part in (net.enc, net.dec) for name, block in part.items() if hasattr(block, 'dropout')}
-    assert [name for name, block in blocks.items() if block.dropout] == [name for name in blocks if '4x4' in name]
-    assert {block.dropout for block in blocks.values()} == {0.0, 0.5}
-    for name, part in [('4x4_block0', net.enc), ('4x4_in0', net.dec), ('4x4_block0', net.dec), ('4x4_block1', net.dec)]:
-        assert part[name].heads == 4
-    assert sum(block.heads > 0 for block in [*net.enc.values(), *net.dec.values()] if hasattr(block, 'heads')) == 4
-    net = EDM2UNet(**TINY | dict(dropout=0.5))
-    assert all(block.dropout == 0.5 for block in [*net.enc.values(), *net.dec.values()] if hasattr(block, 'dropout'))
-
-
-@pytest.mark.parametrize('network', [SongUNet, EDM2UNet])
-def test_the_seed_names_the_dropout_mask(network):
-    config, outs = {k: v for k, v in TINY.items() if network is EDM2UNet or k != 'channels_per_head'}, []
-    net = named_weights(network(**config | dict(dropout=0.5)))
-    for seed in [1, 1, 2]:
-        torch.manual_seed(seed)
-        with torch.set_grad_enabled(not outs):                          # student, teacher, other mask
-            outs.append(net(*inputs()).detach())
-    torch.testing.assert_close(outs[0], outs[1])
-    assert (outs[0] - outs[2]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_edm2_in_low_precision(dtype):
-    net = named_weights(EDM2UNet(**TINY)).train()
-    wanted = net(*inputs()).detach()
-    with torch.autocast('cpu', dtype):
-        out = net(*inputs())
-    assert (out.float() - wanted).abs().max() < 0.02 * wanted.abs().max() * (8 if dtype == torch.bfloat16 else 1)
-    out.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in net.parameters())
+    found = blocks(EDM2UNet(**TINY | dict(dropout=0.5, dropout_res=4), channels_per_head=8))
+    assert {name: block.dropout for name, block in found.items()} == {name: 0.5 * ('4x4' in name) for name in found}
+    assert {name: block.heads for name, block in found.items() if block.heads} == dict.fromkeys(
+        ['enc.4x4_block0', 'dec.4x4_in0', 'dec.4x4_block0', 'dec.4x4_block1'], 4)
+    assert {block.dropout for block in blocks(EDM2UNet(**TINY | dict(dropout=0.5))).values()} == {0.5}
 
 
 @pytest.mark.parametrize('width', [8, 40, 56])
 def test_edm2_takes_any_width(width):
     """Heads are as wide as asked for or a little wider; a block that is narrower has none."""
-    net = named_weights(EDM2UNet(**TINY | dict(model_channels=width, attn_resolutions=[8, 4])))
-    assert net(*inputs()).isfinite().all() and any(block.heads for block in net.enc.values() if hasattr(block, 'heads'))
+    net = named_weights(EDM2UNet(**TINY | dict(model_channels=width, attn_resolutions=[8, 4]), channels_per_head=16))
+    assert net(*inputs()).isfinite().all() and {block.heads > 0 for block in blocks(net).values()} == {True, False}
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.16), (torch.float16, 0.02)])
+def test_edm2_in_low_precision(dtype, tolerance):
+    net = named_weights(EDM2UNet(**TINY, channels_per_head=16)).train()
+    wanted = net(*inputs()).detach()
+    with torch.autocast('cpu', dtype):
+        out = net(*inputs())
+    assert (out.float() - wanted).abs().max() < tolerance * wanted.abs().max()
+    out.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
 # Loading
 
-def mismatch(net, state, *words):
-    before = {name: p.clone() for name, p in net.state_dict().items()}
-    with pytest.raises(UserError) as error:
-        load_weights(net, state, 'some.pkl')
-    text = str(error.value)
-    assert text.startswith('some.pkl') and '\n' not in text and len(text) < 500, text
-    assert all(word in text for word in words), text
-    assert all(torch.equal(before[name], p) for name, p in net.state_dict().items())     # nothing was half loaded
-
-
 def test_load_weights_names_what_does_not_fit():
-    config = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
-    net, given = SongUNet(**config), named_weights(SongUNet(**config)).state_dict()
-    name = 'enc.8x8_conv.weight'
-    mismatch(net, {k: p for k, p in given.items() if k != name}, f'{name} is missing there, [8, 3, 3, 3] here')
-    mismatch(net, given | {name: torch.ones(8, 1, 3, 3)}, f'{name} is [8, 1, 3, 3] there, [8, 3, 3, 3] here')
-    mismatch(net, given | {'a.bias': torch.ones(2), 'logvar': torch.ones(1)}, 'a.bias is [2] there, missing here')
-    mismatch(net, {f'module.{k}': p for k, p in given.items()}, 'is missing there', 'more')             # wrong prefix
-    mismatch(SongUNet(**config | dict(augment_dim=9)), given, 'map_augment.weight is missing there, [8, 9] here')
-    mismatch(SongUNet(**config | dict(augment_dim=9)), given | {'map_augment.weight': torch.ones(8, 8)}, '[8, 8] there')
-    mismatch(EDM2UNet(**TINY), given, 'more')
-
-    more = {'map_augment.weight': torch.ones(8, 9), 'logvar_linear.weight': torch.ones(1, 4)}
-    load_weights(net, given | more, 'some.pkl')
+    net, given = SongUNet(**SMALL), named_weights(SongUNet(**SMALL)).state_dict()
+    name, augmented = 'enc.8x8_conv.weight', SongUNet(**SMALL | dict(augment_dim=9))
+    for target, state, words in [
+            (net, {k: p for k, p in given.items() if k != name}, f'{name} is missing there, [8, 3, 3, 3] here'),
+            (net, given | {name: torch.ones(8, 1, 3, 3)}, f'{name} is [8, 1, 3, 3] there, [8, 3, 3, 3] here'),
+            (net, given | {'a.bias': torch.ones(2), 'logvar': torch.ones(1)}, 'a.bias is [2] there, missing here'),
+            (net, {f'module.{k}': p for k, p in given.items()}, 'more'), (EDM2UNet(**TINY), given, 'more'),
+            (augmented, given, 'map_augment.weight is missing there, [8, 9] here'),
+            (augmented, given | {'map_augment.weight': torch.ones(8, 8)}, '[8, 8] there')]:
+        before = {name: p.clone() for name, p in target.state_dict().items()}
+        with pytest.raises(UserError) as error:
+            load_weights(target, state, 'some.pkl')
+        text = str(error.value)
+        assert text.startswith('some.pkl') and words in text and '\n' not in text and len(text) < 500, text
+        assert all(torch.equal(before[name], p) for name, p in target.state_dict().items())    # nothing is half loaded
+    load_weights(net, given | {'map_augment.weight': torch.ones(8, 9), 'logvar_linear.weight': torch.ones(1, 4)}, 'x')
     assert all(torch.equal(given[name], p) for name, p in net.state_dict().items())
-    assert net.enc['8x8_conv'].weight.requires_grad
     load_weights(net.double(), {name: p.half() for name, p in given.items()}, 'some.pkl')
     assert net.enc['8x8_conv'].weight.dtype == torch.float64
 
 
 def test_networks_need_nothing_but_torch(tmp_path):
-    (tmp_path / 'unet.py').write_bytes((Path(__file__).parent.parent / 'unet.py').read_bytes())
+    shutil.copy(ROOT / 'unet.py', tmp_path)
     code = ('import sys, unet; unet.EDM2UNet(8, 1, 1, model_channels=64, channel_mult=[1]); unet.SongUNet(8, 1, 1);'
-            'assert not {"common", "unpickle", "PIL"} & sys.modules.keys()')
+            'assert not {"common", "PIL"} & sys.modules.keys()')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=120)
