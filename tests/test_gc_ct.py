@@ -179,6 +179,6 @@ def test_wrong_flags_of_gc(refused):
     for flags in ('--mu 1.5', '--q 1e300 --schedule ect', '--s1 10 --s0 20', '--coupling none', '--analyse nowhere'):
         refused(gc_ct, f'{flags} --out x', flags.split()[1].removesuffix('300'))
     assert GC.run('--q', 2, '--dry-run') == GC.train('--steps', 1) == 0     # of no use with iCT's levels, and no harm
-    refused(gc_ct, '--blocks 1,2 --out x', 'num_blocks [1, 2]', 'one each of 3')
+    refused(gc_ct, '--blocks 1,2 --out x', '[1, 2]')
     refused(gc_ct, '--resume --mu 0.7', '--mu is 0.7', 'made with 0.3')
     refused(gc_ct, '--resume --coupling ic', '--coupling is ic')
