@@ -95,7 +95,7 @@ def test_every_image_of_a_class_is_drawn_equally_often():
 def test_each_of_two_processes_has_its_part_of_what_one_has(ref_size, monkeypatch):
     data, index = common.shapes(200, 8), common.batch_indices(200, 8, 0, 0)
     members, (x0, _, eps) = sct.class_members(data), draws(0)
-    args = argparse.Namespace(batch=8, ref_size=ref_size, seed=0, flip=ref_size == 'all')
+    args = argparse.Namespace(batch=8, ref_size=ref_size, seed=0, flip=True)
     t = torch.linspace(0.2, 8, 8)
     estimate = lambda part: sct.estimate_x0(args, 3, data, members, index, x0, (x0 + wide(t) * eps)[part], t[part])
     whole = estimate(slice(8))

@@ -81,10 +81,11 @@ def test_sampler_is_the_published_one(kernel, coupling, monkeypatch):
 
 
 def test_emitted_noise_and_its_kl_are_the_closed_form():
-    mu, std, n, y = torch.randn(4, 3, 2, 2), torch.rand(4, 3, 2, 2) + 0.01, torch.randn(4, 3, 2, 2), torch.arange(4)
+    mu, std, n, y = torch.randn(4, 3, 2, 2), (torch.rand(4, 3, 2, 2) + 0.01).requires_grad_(), torch.randn(4, 3, 2, 2), torch.arange(4)
     encoder = lambda x, c, y: torch.cat([x + wide(y), std.expm1().log()], 1)               # inverse of softplus
     eps, kl = vct.emit(encoder, 0.5 * mu, n, y)                                         # it sees images over sigma_data
     torch.testing.assert_close(eps, mu + wide(y) + std * n)
+    torch.testing.assert_close(torch.autograd.grad(eps.sum(), std, retain_graph=True)[0], n)    # reparameterisation
     emitted, normal = (torch.distributions.Normal(*of) for of in ((mu + wide(y), std), (0.0, 1.0)))
     torch.testing.assert_close(kl, torch.distributions.kl_divergence(emitted, normal).sum((1, 2, 3)))
 
