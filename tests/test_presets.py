@@ -20,8 +20,8 @@ from conftest import lines, same, weights
 
 MODULES = dict(sct=sct, gc_ct=gc_ct, vct=vct)
 EDM, EDM2 = (f'https://nvlabs-fi-cdn.nvidia.com/{path}' for path in ('edm/pretrained', 'edm2/posthoc-reconstructions'))
-RUN = set('''script dataset data_dir out seed precision compile microbatch gpus device labels inception fid_ref eval_every
-    analyse checkpoint'''.split())                                                # how it is run; checkpoint: see init
+RUN = set('''script dataset data_dir out seed precision compile microbatch gpus device labels inception fid_ref
+    eval_every analyse checkpoint'''.split())                                                # how it is run; checkpoint: see init
 
 RADAM, ADAM = dict(optimizer='RAdam', betas=[0.9, 0.999]), dict(optimizer='Adam', betas=[0.9, 0.99])
 LION = dict(optimizer='Lion', betas=[0.9, 0.99])
@@ -35,11 +35,16 @@ EDM2_S = dict(arch='edm2', width=192, mults=[1, 2, 3, 4], blocks=3, attn_resolut
 EDM2_RUN = ADAM | dict(lr=1e-3, lr_decay=2000, ema_std=0.1, dropout=0.4, dropout_res=16, t_mid=1.526)
 EDM2_ECT = dict(P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm')
 
+SHAPES = dict(resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True, batch=32,
+              optimizer='Adam', betas=[0.9, 0.999], lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
+              fid_features='pixels', fid_num=2000)                                                              # ours
+
 ECT = COMMON | GAP | DDPMPP | RADAM | dict(
     dropout=0.2, c=0.0, weighting='gap', batch=128, steps=400_000, ema_std=None, resolution=32,
     # SCT on top of it
     schedule='smooth', ref_size='all', phases=1, edges=None, eta=1.0, keep_ema=None)
 SCT = {
+    'shapes': (ECT | SHAPES | dict(steps=2400, pretrain_steps=300, stages=3), 855_299),
     'cifar10': (ECT | dict(init=f'{EDM}/edm-cifar10-32x32-uncond-vp.pkl'), 55_732_739),
     'fmnist': (ECT | dict(resolution=28, width=64, attn_resolutions=[14]), 13_952_897),                         # ours
     'folder': (ECT | dict(resolution=None), 55_732_739),                                                        # ours
@@ -59,7 +64,10 @@ CELEBA64 = GC_ICT | dict(mults=[1, 2, 2, 2], blocks=[3, 3, 4, 5], steps=150_000,
                          dropout_ic=[0, 0, 0.2, 0.2])
 GC_FMNIST = GC_ICT | dict(resolution=28, width=64, batch=128)                                                   # ours
 ECT_CIFAR = GC_ICT | GC_ECT | DDPMPP | dict(dropout=0.2, batch=128, steps=400_000)
+GC_SHAPES = GC_ICT | SHAPES | dict(steps=2500, s1=40, mu=0.3, ema_every=1)
 GC = {
+    'shapes': (GC_SHAPES, 855_299),
+    'shapes --schedule ect': (GC_SHAPES | GC_ECT | SHAPES | dict(pretrain_steps=300, stages=3), 855_299),
     'cifar10': (GC_ICT, 34_711_811), 'imagenet32': (IMAGENET32, 39_479_683), 'celeba64': (CELEBA64, 59_582_723),
     'fmnist': (GC_FMNIST, 8_690_561), 'folder': (GC_ICT | dict(resolution=None), 34_711_811),
     'cifar10 --schedule ect': (ECT_CIFAR | dict(init=f'{EDM}/edm-cifar10-32x32-uncond-vp.pkl'), 55_732_739),
@@ -73,14 +81,17 @@ for coupling in ('ic', 'ot'):                                   # the baselines 
         GC[f'{name} --coupling {coupling}'] = settings | dict(coupling=coupling, dropout=dropout), count
 
 VC = COMMON | GAP | LEVELS | RADAM | DDPMPP | dict(
-    coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', clip=200.0, ema_std=None, resolution=32,
-    steps=400_000, batch=128, dropout=0.2)
+    coupling='vc', encoder='small', encoder_width=32, kernel='ve', weighting='gap', clip=200.0, ema_std=None,
+    resolution=32, steps=400_000, batch=128, dropout=0.2)
 VC_ICT = VC | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)
 VC_ECM = VC | dict(base='ecm', beta=10.0, huber='vector', c=0.0)
 VC_FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
 FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
 VC_IMAGENET = EDM2_S | EDM2_RUN | dict(encoder='big', kernel='li', steps=200_000, q=4.0)
+VC_SHAPES = SHAPES | dict(steps=2400, encoder_width=16)
 VCT = {
+    'shapes': (VC_ECM | VC_SHAPES | dict(beta=3.0, stages=4, pretrain_steps=300), 855_299, 216_374),
+    'shapes --base ict': (VC_ICT | VC_SHAPES | dict(s1=80), 855_299, 216_374),
     'cifar10': (VC_ICT | dict(dropout=0.3, batch=512, flip=True), 55_732_739, 1_562_246),
     'cifar10 --base ecm': (VC_ECM | dict(flip=True, init=f'{EDM}/edm-cifar10-32x32-uncond-vp.pkl'),
                            55_732_739, 1_562_246),
@@ -110,7 +121,7 @@ def printed(script, flags, capsys):
 
 def networks(script, settings, channels):
     """The network, and VCT's encoder or None, that the settings bring, without memory."""
-    labels = {True: 1000, False: 0}[settings['cond']]
+    labels = (10 if settings['resolution'] == 16 else 1000) if settings['cond'] else 0          # shapes, ImageNet
     args = argparse.Namespace(**settings | dict(in_channels=channels, label_dim=labels,
                                                 resolution=settings['resolution'] or 32))
     with torch.device('meta'):
@@ -151,7 +162,7 @@ def test_every_preset_is_in_the_table():
         for key in module.PRESETS:
             name, value = key if isinstance(key, tuple) else (key, None)
             usual = value is None or module.PRESETS[name] == module.PRESETS[key]
-            assert name == 'shapes' or (script, name if usual else f'{name} --{switch} {value}') in rows, (script, key)
+            assert (script, name if usual else f'{name} --{switch} {value}') in rows, (script, key)
 
 
 def attention(net):
