@@ -39,7 +39,7 @@ def test_distance_of_gaussians_in_closed_form():
     """Covariances that share their axes: |mu1 - mu2|² + sum (s1 - s2)²."""
     s1, s2, mu = np.array([1.0, 2.0, 0.0]), np.array([3.0, 0.5, 1.0]), np.array([1.0, 0.0, -2.0])
     axes = np.linalg.qr(np.random.RandomState(0).randn(3, 3))[0]
-    value = fid.frechet_distance(mu, axes * s1 ** 2 @ axes.T, 0 * mu, axes * s2 ** 2 @ axes.T)
+    value = fid.frechet_distance(mu, axes * s1 ** 2 @ axes.T, 2 * mu, axes * s2 ** 2 @ axes.T)
     assert abs(value - (5 + 4 + 2.25 + 1)) < 1e-9
 
 
