@@ -7,6 +7,7 @@ import cmath
 import colorsys
 import concurrent.futures
 import contextlib
+import ctypes
 import datetime
 import functools
 import gzip
@@ -761,6 +762,14 @@ def start(args):
     return device
 
 
+def keep_freed_memory():
+    """Tells glibc to keep freed memory: on a CPU, faulting it in again takes a fifth of a step."""
+    with contextlib.suppress(OSError, AttributeError):          # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: take up to 1 GiB from the heap
+        libc.mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: never shrink the heap
+
+
 def _start_copies(args):
     """N processes of this command; the first that fails, or a signal to this process, ends them all. -> exit code"""
     command = [sys.executable, str(Path(__file__).with_name(f'{args.script}.py')), *args.argv]
@@ -991,6 +1000,7 @@ def or_refuse(what):
 def run(main, argv=None):
     """Calls `main(argv)` -> exit code. An error that the user can fix is one line on stderr; --debug: a traceback."""
     argv, code = sys.argv[1:] if argv is None else argv, 0
+    keep_freed_memory()
     try:
         main(argv)
     except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here

@@ -398,6 +398,7 @@ def analyse(args, model, device):
                 x0, y = data.at(index, device)
                 t = torch.full_like(x0[:, 0, 0, 0], level)
                 r = lower_level(t, stage_at(1, 1, args.stages, args.schedule), args.q, args.k, args.b)
+                r = r.maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
                 x_t = x0 + level * common.randn(x0.shape, args.seed, j, 'analyse', device=device)
                 x0_hat = estimate_x0(args, j, data, members, index, x0, x_t, t)
                 exact = posterior_mean_of_all(x_t, t, index, data, members, args.flip)
