@@ -255,7 +255,7 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes()
 
 
-IMAGES, LABELS = idx(np.arange(30)[:, None, None] * np.ones((1, 28, 28))), idx(np.arange(30) % 10)   # 30, of grey level i
+IMAGES, LABELS = idx(np.arange(30)[:, None, None] * np.ones((1, 28, 28))), idx(np.arange(30) % 10)  # grey level i
 PACKED = [gzip.compress(data) for data in (IMAGES, LABELS)]
 
 
