@@ -81,7 +81,8 @@ def test_sampler_is_the_published_one(kernel, coupling, monkeypatch):
 
 
 def test_emitted_noise_and_its_kl_are_the_closed_form():
-    mu, std, n, y = torch.randn(4, 3, 2, 2), (torch.rand(4, 3, 2, 2) + 0.01).requires_grad_(), torch.randn(4, 3, 2, 2), torch.arange(4)
+    mu, n, y = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.arange(4)
+    std = (torch.rand(4, 3, 2, 2) + 0.01).requires_grad_()
     encoder = lambda x, c, y: torch.cat([x + wide(y), std.expm1().log()], 1)               # inverse of softplus
     eps, kl = vct.emit(encoder, 0.5 * mu, n, y)                                         # it sees images over sigma_data
     torch.testing.assert_close(eps, mu + wide(y) + std * n)
@@ -196,14 +197,14 @@ def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
 
     def dropout(x, p=0.5, training=True, inplace=False):
         if training:
-            masks.append((x.shape, bytes(torch.get_rng_state().numpy())))
+            masks.append(((x.shape, p), bytes(torch.get_rng_state().numpy())))
         return plain(x, p, training, inplace)
     monkeypatch.setattr(torch.nn.functional, 'dropout', dropout)
     assert VCT.train('--dropout', 0.5, '--microbatch', 4) == 0
     net = vct.load(VCT.out)
     n, both = (sum(hasattr(m, 'dropout') for m in part.modules()) for part in (net.encoder, net))
     encoder, student, teacher = masks[:n], masks[n:both], masks[both:2 * both - n]
-    assert student == teacher and encoder[0][1] != student[0][1] and n > 0
+    assert student == teacher and encoder[0][1] != student[0][1] and {p for (_, p), _ in masks} == {0.5}
     period = 2 * both - n
     assert len(masks) == 4 * 2 * period and len({state for _, state in masks[::period]}) == 8   # anew in each part
     masks.clear()
@@ -254,12 +255,11 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes()
 
 
-IMAGES, LABELS = idx(np.arange(30)[:, None, None] * np.ones((1, 28, 28))), idx(np.arange(30) % 10)
+IMAGES, LABELS = idx(np.arange(30)[:, None, None] * np.ones((1, 28, 28))), idx(np.arange(30) % 10)  # grey level i
 PACKED = [gzip.compress(data) for data in (IMAGES, LABELS)]
 
 
 def fashion(folder, images=IMAGES, labels=LABELS, suffix=''):
-    """Tiny idx files of 30 pictures, picture i grey level i, label i % 10."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in [('images-idx3', images), ('labels-idx1', labels)]:
         (folder / f'train-{name}-ubyte{suffix}').write_bytes(data)
