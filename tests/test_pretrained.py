@@ -83,7 +83,7 @@ def same(found, net):
 @pytest.mark.parametrize('writer, half', [('pickle', True), ('pickle protocol 2', False), ('torch.save', True)])
 def test_published_forms(form, writer, half, tmp_path):
     net, loss = named_weights(EDM2UNet(**EDM2) if form == 'edm2' else SongUNet(**SONG)), nn.Identity()
-    net, loss.sigmoid = net.half() if half else net, loss.forward           # a bound method: pickled as a call of getattr
+    net, loss.sigmoid = net.half() if half else net, loss.forward         # a bound method: pickled as a call of getattr
     publish(tmp_path / 'x.pkl', {
         'edm': dict(ema=Precond(net, **SONG), loss_fn=nn.Identity(), augment_pipe=None),
         'edm2': EasyDict(encoder=nn.Identity(), dataset_kwargs=EasyDict(path='x'), ema=Precond(net, 'unet', **EDM2)),
@@ -276,7 +276,7 @@ def test_deep_files_and_a_thousand_mutations_run_nothing_and_crash_nothing(tmp_p
     for i, program in enumerate([
             b']' * n + b'a' * (n - 1) + b'.', b'}' + b'X\x01\x00\x00\x00a}' * n + b's' * n + b'.', nested[2:],
             b'})' + b'\x85' * 300_000 + b'K\x01s.', b'})' + b'\x85' * 49_000 + b'K\x01s.', b'(' * n + b't' * n + b'.',
-            module * 20_000 + b'N' + b'ssb' * 20_000 + b'.']):              # lists, dicts, tuples, networks in each other
+            module * 20_000 + b'N' + b'ssb' * 20_000 + b'.']):            # lists, dicts, tuples, networks in each other
         (tmp_path / f'deep{i}.pkl').write_bytes(b'\x80\x04' + program)
         with zipfile.ZipFile(tmp_path / f'deep{i}zip.pkl', 'w') as archive:
             archive.writestr('x/data.pkl', b'\x80\x04' + program)
