@@ -9,7 +9,12 @@ from PIL import Image
 spec = importlib.util.spec_from_file_location('pairs', Path(__file__).parent.parent / '.github/pairs.py')
 pairs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pairs)
-encoder = pytest.fixture(scope='module')(lambda: pairs.train_encoder(steps=200))
+
+
+@pytest.fixture(scope='module')
+def encoder():
+    pytest.importorskip('scipy')                                # for optimal transport
+    return pairs.train_encoder(steps=200)
 
 
 def test_the_trajectories_are_the_odes():
