@@ -788,7 +788,7 @@ def _start_copies(args):
             copy.kill()
             copy.wait()
     ended = [(code, i) for i, code in enumerate(codes) if code] or [(0, 0)]
-    code, i = min(ended, key=lambda end: end[0] > 0)            # one that was killed is the cause, not those that miss it
+    code, i = min(ended, key=lambda end: end[0] > 0)        # one that was killed is the cause, not those that miss it
     if code < 0:
         cause = signal.Signals(-code).name
         print(f'process {i} of {args.gpus} was ended by {cause}; the others with it', file=sys.stderr)
