@@ -125,6 +125,18 @@ def true_float32():
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def make_optimizer(args, net, **own):
+    """--optimizer over the parameters of net; `own`: the classes of those that torch lacks, by name."""
+    kinds = dict(Adam=torch.optim.Adam, RAdam=torch.optim.RAdam) | own
+    if args.optimizer not in kinds:
+        raise UserError(f'--optimizer {args.optimizer}: {args.script}.py has {" and ".join(kinds)}')
+    if len(args.betas) != 2:
+        raise UserError('--betas: two numbers')
+    params = list(net.parameters())
+    few = 'fused' if params[0].is_cuda and args.optimizer == 'Adam' else 'foreach'      # a few kernels for all of them
+    return kinds[args.optimizer](params, args.lr, tuple(args.betas), **{few: True})
+
+
 def backward(values, n, precision):
     """Back-propagates b of n samples' share in the mean loss: values (b,), or row 0 of (k, b). -> shares, () or (k,)"""
     means = values.sum(-1) / n
@@ -188,6 +200,8 @@ def load_data(args, device):
         known = dict(shapes=lambda: shapes(resolution=args.resolution), cifar10=lambda: cifar10(root),
                      fmnist=lambda: fmnist(root))
         data = known.get(args.dataset, lambda: image_folder(root, args.resolution))()
+    if args.resolution and args.resolution < data.images.shape[3]:      # shapes and folders have that size already
+        data = data._replace(images=shrink(data.images, args.resolution))
     n, channels, size, _ = data.images.shape
     if args.resolution not in (None, size):
         raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
@@ -200,6 +214,13 @@ def load_data(args, device):
     if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:     # the free memory
         data = data._replace(images=data.images.to(device))
     return data
+
+
+def shrink(images, size):
+    """uint8 images (N, C, H, W), each pixel of (N, C, size, size) the average of those that it covers (box filter)."""
+    planes = (Image.fromarray(plane.astype(np.float32)) for plane in images.flatten(0, 1).numpy())     # 8 bits: rounded
+    shrunk = np.array([plane.resize((size, size), Image.Resampling.BOX) for plane in planes])           # in between
+    return torch.from_numpy(shrunk.round().astype(np.uint8)).view(*images.shape[:2], size, size)
 
 
 def cache_folder(args):
@@ -841,13 +862,14 @@ def add_common_flags(parser, script, names, add_flags, example):
     add = group('data', '--dataset folder --data-dir pictures.zip --resolution 64')
     add('--dataset', metavar='NAME', help=f'{names}; sets the defaults of all other flags')
     add('--data-dir', metavar='PATH', help='where data sets lie or go; or a folder or zip of images')
-    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped and resized')
+    add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped, resized')
     add('--flip', action=switch, help='mirror half of the training images, left to right')
     add = group('network', '--dataset cifar10 --width 32 --blocks 1 --dropout 0')
     add('--arch', choices=['songunet', 'edm2'], help="DDPM++, or the network of EDM2")
     add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
     add('--mults', type=number(int, 1, 64, many=True), metavar='N,N', help='width of each resolution, finest first')
     add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
+    add('--attn-resolutions', type=number(int, 0, 1024, many=True), metavar='N,N', help='with attention; 0: none')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
     add('--cond', action=switch, help='condition on the class label')
     add_flags(group('method', example), number)
@@ -857,6 +879,8 @@ def add_common_flags(parser, script, names, add_flags, example):
     add('--steps', type=steps, metavar='N', help='training steps, with those of --pretrain-steps')
     add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
     add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
+    add('--optimizer', choices=['Adam', 'RAdam', 'Lion'], help='Lion: gc_ct.py alone')
+    add('--betas', type=number(float, 0, 0.99999, many=True), metavar='X,X', help="decays of the optimiser's averages")
     add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
     add('--lr-decay', type=steps, metavar='N', help='falls with the inverse root of the step after N')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights')

@@ -321,7 +321,7 @@ def train(args):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     sample_fn = functools.partial(sample, ema, labels=args.labels)
     evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
-    optimizer = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, args.betas, foreach=True)
+    optimizer = common.make_optimizer(args, net)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
