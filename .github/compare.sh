@@ -8,7 +8,7 @@ shapes="--steps 10000 --eval-every 1000 --save-every 1000"
 cifar10="--dataset cifar10 --resolution 16 --width 32 --mults 1,1,2 --blocks 1 --attn-resolutions 0 --fid-features pixels
          --fid-num 2000 --steps 5000 --eval-every 500 --save-every 1000"
 same="--batch 32 --dropout 0 --optimizer Adam --betas 0.9,0.999 --lr-decay 100 --ema 0.995 --nfe 1,2
-      --sample-every 5000 --resume"
+      --sample-every 5000"
 ict="--s0 10 --s1 160" ect="--init none --pretrain-steps 1000 --stages 5"      # VC: as the others no clipping, |u|
 declare -A flags=(
   [iCT]="gc_ct.py --coupling ic $ict --ema-every 1" [OT]="gc_ct.py --coupling ot $ict --ema-every 1"
@@ -25,7 +25,7 @@ for seed in $seeds; do
       base=iCT; [[ $method =~ EC|SCT ]] && base=ECT
       lr=${LR:-${rate[$set-$base]}}
       out=runs/compare/$set-$method-$seed${LR:+-$LR}
-      echo python ${flags[$method]} ${!set} $same --lr $lr --seed $seed --out $out $MORE ">>" $out.log
+      echo python ${flags[$method]} ${!set} $same --lr $lr --seed $seed $MORE --out $out "\$(test -e $out && echo --resume) >> $out.log"
     done
   done
 done
