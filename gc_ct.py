@@ -172,8 +172,8 @@ def generator_coupling(net, x0, eps, r, y, chosen, m=0.0):
     n = len(i)
     if n == 0:
         return x0
-    if x0.is_cuda:          # cuDNN tunes itself anew for each batch size: round up to 16s, repeating an endpoint
-        i = torch.cat([i, i[:1].expand(-n % 16)])
+    if x0.is_cuda:          # each batch size is tuned or compiled anew: few of them, by repeating an endpoint
+        i = torch.cat([i, i[:1].expand(-n % -(-len(x0) // 8))])
     i = i.to(x0.device, non_blocking=True)
     x_r = x0[i] + r[i, None, None, None] * eps[i]
     x_hat = f(net, x_r, r[i], None if y is None else y[i], m)

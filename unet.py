@@ -58,23 +58,58 @@ class Conv2d(nn.Module):
             self.register_buffer('resample_filter', taps / taps.sum())
 
     def resample(self, x, padding):
-        taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        if self.resample_filter.shape[-1] == 2:         # (1, 1): the same by what is fast
+            return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        taps = self.resample_filter.expand(x.shape[1], -1, -1, -1)
         if self.up:                                     # 4 makes up for the zeros that go between the pixels
             return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=x.shape[1])
         return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
 
     def forward(self, x):
-        weight, bias, pad = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[-1] // 2
+        pad = self.weight.shape[-1] // 2
         if self.fused:                                  # all padding comes first
-            return self.resample(F.conv2d(x, weight, padding=pad + self.filter_pad), 0) + bias[:, None, None]
+            return self.resample(F.conv2d(x, self.weight, padding=pad + self.filter_pad), 0) + self.bias[:, None, None]
         if self.up or self.down:
             x = self.resample(x, self.filter_pad)
-        return F.conv2d(x, weight, bias, padding=pad)
+        return F.conv2d(x, self.weight, self.bias, padding=pad)
 
 
-def group_norm(channels):
+class GroupNormFunction(torch.autograd.Function):
+    """GroupNorm of n groups, in float32, that keeps channels_last: CUDA's ends NCHW, which each convolution converts."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, n, eps):
+        x = x.unflatten(1, (n, -1))                                                             # (B, n, C/n, H, W)
+        var, mean = torch.var_mean(x.float(), (2, 3, 4), correction=0, keepdim=True)
+        rstd = (var + eps).rsqrt()
+        scale = rstd * weight.view(n, -1, 1, 1)
+        ctx.save_for_backward(x, mean, rstd, scale)
+        shift = bias.view(n, -1, 1, 1) - mean * scale
+        with torch.autocast(x.device.type, enabled=False):      # it would copy x to float32 first
+            return torch.addcmul(shift, x, scale).flatten(1, 2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, rstd, scale = ctx.saved_tensors
+        grad, n = grad.unflatten(1, x.shape[1:3]), x[0, 0].numel()
+        d_bias = grad.sum((3, 4), keepdim=True, dtype=torch.float32)
+        d_weight = rstd * ((grad.float() * x).sum((3, 4), keepdim=True) - mean * d_bias)
+        along = rstd * (scale * d_weight).sum(2, keepdim=True) / n                              # of x - mean
+        rest = torch.addcmul(mean * along - (scale * d_bias).sum(2, keepdim=True) / n, x, -along)
+        d_x = torch.addcmul(rest, grad, scale).flatten(1, 2).to(x.dtype)
+        return d_x, d_weight.sum(0).flatten(), d_bias.sum(0).flatten(), None, None
+
+
+class GroupNorm(nn.GroupNorm):
     """GroupNorm with at most 32 groups and at least 4 channels in each."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+    def __init__(self, channels):
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):
+        if x.is_cuda:
+            return GroupNormFunction.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return super().forward(x).to(x.dtype)
 
 
 class UNetBlock(nn.Module):
@@ -83,15 +118,15 @@ class UNetBlock(nn.Module):
     def __init__(self, emb_channels, resample_filter, in_channels, out_channels, up, down, attention, dropout):
         super().__init__()
         self.dropout, self.attention = dropout, attention
-        self.norm0 = group_norm(in_channels)
+        self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3, up, down, resample_filter)
         self.affine = Linear(emb_channels, out_channels)
-        self.norm1 = group_norm(out_channels)
+        self.norm1 = GroupNorm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init_scale=1e-5)
         same = in_channels == out_channels and not up and not down
         self.skip = nn.Identity() if same else Conv2d(in_channels, out_channels, 1, up, down, resample_filter)
         if attention:
-            self.norm2 = group_norm(out_channels)
+            self.norm2 = GroupNorm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, init_scale=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, 1, init_scale=1e-5)
 
@@ -186,7 +221,7 @@ class SongUNet(nn.Module):
                 self.enc[name.replace('down', 'aux_residual')] = Conv2d(
                     aux_channels, options['out_channels'], 3, down=True, resample_filter=resample_filter, fused=True)
                 aux_channels = options['out_channels']
-        self.dec[f'{img_resolution}x{img_resolution}_aux_norm'] = group_norm(widths[0])
+        self.dec[f'{img_resolution}x{img_resolution}_aux_norm'] = GroupNorm(widths[0])
         self.dec[f'{img_resolution}x{img_resolution}_aux_conv'] = Conv2d(widths[0], out_channels, 3, init_scale=1e-5)
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):

@@ -13,7 +13,8 @@ import torch
 import common
 from common import UserError
 from conftest import ROOT, named_weights
-from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
+from unet import (EDM2_WIDTHS, EDM2UNet, GroupNorm, GroupNormFunction, MPConv, SongUNet, load_weights, mp_cat, mp_silu,
+                  mp_sum, normalize)
 
 SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
 TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
@@ -216,3 +217,20 @@ def test_networks_need_nothing_but_torch(tmp_path):
     code = ('import sys, unet; unet.EDM2UNet(8, 1, 1, model_channels=64, channel_mult=[1]); unet.SongUNet(8, 1, 1);'
             'assert not {"common", "PIL"} & sys.modules.keys()')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, tolerance, compiled):
+    torch.manual_seed(0)
+    norm, x = GroupNorm(16), (3 * torch.randn(2, 16, 4, 6) + 1).to(dtype, memory_format=torch.channels_last)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    on_gpus = lambda x: GroupNormFunction.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    found = []
+    for call in norm, torch.compile(on_gpus, fullgraph=True, backend='aot_eager') if compiled else on_gpus:
+        y = call(x.requires_grad_(True))
+        found.append([y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], torch.sin(torch.arange(768).view(y.shape)))])
+    for a, b in zip(*found):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in found[1][:2])
