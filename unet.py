@@ -58,8 +58,9 @@ class Conv2d(nn.Module):
             self.register_buffer('resample_filter', taps / taps.sum())
 
     def resample(self, x, padding):
-        if self.resample_filter.shape[-1] == 2:         # (1, 1): the same by what is fast
-            return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        if self.resample_filter.shape[-1] == 2:         # (1, 1): the same by what is fast, without going to float32
+            with torch.autocast(x.device.type, enabled=False):
+                return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
         taps = self.resample_filter.expand(x.shape[1], -1, -1, -1)
         if self.up:                                     # 4 makes up for the zeros that go between the pixels
             return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=x.shape[1])

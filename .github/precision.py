@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import sct
 
-SCALE = 1024                # of the loss in float16, as in common.LOSS_SCALE
+SCALE = common.LOSS_SCALE['fp16']
+KINDS = 'tf32', 'fp16', 'bf16'
 
 
 class Rounded(torch.autograd.Function):
@@ -47,31 +48,34 @@ def emulate(kind, conv=F.conv2d, attention=F.scaled_dot_product_attention):
 
 
 @torch.no_grad()
-def measure(path):
-    """Prints the median over 256 samples of |u_kind - u_fp32| / |u_fp32|, u = student - target, by stage of ECT."""
+def measure(path, stages=9, n=256):
+    """Median over n samples of |u_kind - u_fp32| / |u_fp32|, u = student - target. -> {kind: [of each stage of ECT]}"""
     model = sct.load(path)
     args = common.argparse.Namespace(**model.config)
     data = common.load_data(args, torch.device('cpu'))
-    x0, y = data.at(common.batch_indices(len(data.images), 256, 0, 0), 'cpu')
+    x0, y = data.at(common.batch_indices(len(data.images), n, 0, 0), 'cpu')
     eps = common.randn(x0.shape, 'precision')
-    t = sct.upper_level(common.randn((256,), 'precision', 'level'), args.P_mean, args.P_std)
-    print('stage     ' + ''.join(f'{kind:>10}' for kind in ('tf32', 'fp16', 'bf16')))
-    for stage in range(9):
-        r, found = sct.lower_level(t, stage), {}
-        for kind in common.DTYPES:
+    t = sct.upper_level(common.randn((n,), 'precision', 'level'), args.P_mean, args.P_std)
+    net, found = common.network(model, 'fp32'), {kind: [] for kind in KINDS}
+    for stage in range(stages):
+        r, u = sct.lower_level(t, stage), {}
+        for kind in 'fp32', *KINDS:
             emulate(kind)
-            net = common.network(model, 'fp32')
-            u = [sct.f(net, x0 + level[:, None, None, None] * eps, level, y) for level in (t, r)]
-            found[kind] = torch.where(r[:, None] > 0, u[0].flatten(1) - u[1].flatten(1), (u[0] - x0).flatten(1))
-        ratios = [(found[kind] - found['fp32']).norm(dim=1) / found['fp32'].norm(dim=1) for kind in
-                  ('tf32', 'fp16', 'bf16')]
-        print(f'{stage:5}     ' + ''.join(f'{ratio.median().item():10.3g}' for ratio in ratios))
+            student, target = (sct.f(net, x0 + level[:, None, None, None] * eps, level, y) for level in (t, r))
+            u[kind] = (student - target).flatten(1)                 # f is the identity at r = 0
+        for kind in KINDS:
+            found[kind].append(((u[kind] - u['fp32']).norm(dim=1) / u['fp32'].norm(dim=1)).median().item())
+    emulate('fp32')
+    return found
 
 
 if __name__ == '__main__':
     command, what, *flags = sys.argv[1:]
     if command == 'measure':
-        measure(what)
+        found = measure(what)
+        print('stage' + ''.join(f'{kind:>10}' for kind in found))
+        for stage, ratios in enumerate(zip(*found.values())):
+            print(f'{stage:5}' + ''.join(f'{ratio:10.3g}' for ratio in ratios))
     else:
         emulate(what)
         sys.exit(common.run(sct.main, flags))
