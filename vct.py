@@ -212,10 +212,8 @@ def emit(encoder, x0, n, y=None):
 
 def optimal_transport(x0, eps):
     """The order (B,) of x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [2]."""
-    try:
+    with common.or_refuse('--coupling ot needs SciPy: pip install scipy'):
         from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise common.UserError('--coupling ot needs SciPy: pip install scipy')
     with common.true_float32():
         gain = eps.flatten(1) @ x0.flatten(1).T         # the squares are the same in any order, whatever eps's scale
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(x0.device)
@@ -333,10 +331,10 @@ def train(args):
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     encoder = common.network(net.encoder, args.precision) if args.coupling == 'vc' else None
-    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
+    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in clock.steps(start):
+    for step in common.steps(args, start, device):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -350,13 +348,11 @@ def train(args):
             x_all = common.mirror(x_all, args.seed, step, 'flip')
         eps_all = common.randn(x_all.shape, args.seed, step, 'noise', device=device)
         t, r = (level[mine] for level in level_pairs(args, step, device))
-        clock('data')
 
         if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, eps_all)
             x_all, y_all = x_all[order], y_all[order]                   # labels travel with their images
         x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
-        clock('coupling')
 
         total = torch.zeros(3, device=device)
         for part, seed in common.microbatches(wrapped, args, step):
@@ -368,10 +364,8 @@ def train(args):
                 value = denoising_loss(student, x_t, t[part], x0[part], y[part], seed, args.kernel)
             else:
                 value = loss(student, x_t, t[part], x_r, r[part], y[part], teacher, seed, **settings)
-            clock('forward')
             values = torch.stack([value + kl_share(args, step, device) * kl, value, kl])
             total += common.backward(values, len(x0), args.precision)
-            clock('backward')
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [6]
@@ -379,7 +373,6 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         common.update_ema(ema, net, ema_decay(args, step))
-        clock('update')
         log.step(step + 1, loss=total[0], consistency=total[1], kl=total[2], grad_norm=grad_norm)
         if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
             return
@@ -390,39 +383,31 @@ def train(args):
 
 @torch.inference_mode()
 def analyse(args, model, device):
-    """Prints KL and loss of 64 images; its variance is over 8 draws of noise, at a fixed image and pair of levels.
-
-    Draws `analyse.png`, rows of images, mu of their noise (0 is grey), std (1 is grey, 2 is white) and KL (0 is black).
-    """
+    """Prints KL, mu and std of 64 images; by level, the loss's mean and its variance over 8 draws of the noise."""
     if args.coupling != 'vc':
         raise common.UserError(f'--analyse {args.use}: that run has no encoder (--coupling vc)')
     data = common.load_data(args, device)
     net, encoder = (common.network(module, args.precision) for module in (model, model.encoder))
     x0, y = data.at(common.batch_indices(len(data.images), 64, 0, args.seed), device)
     mu, std = encode(encoder, x0, y)
-    kl = kl_divergence(mu, std)
-    common.print0(f'KL {kl.flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
+    common.print0(f'KL {kl_divergence(mu, std).flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
                   f'{mu.square().mean().sqrt():.3g}, mean of std {std.mean():.3g}')
     t = torch.tensor(rho_levels(9)[1:])
     r = lower_level(t, args.stages - 1, args.q, args.k, args.b)
     if args.base == 'ict':
-        sigmas = torch.tensor(rho_levels(args.s1))
-        i = torch.tensor([round(j * (args.s1 - 1) / 8) for j in range(9)])
+        sigmas, i = torch.tensor(rho_levels(args.s1)), torch.linspace(0, args.s1 - 1, 9).round().long()
         t, r = sigmas[i + 1], sigmas[i]
-    common.print0(f'{"mean of loss":>34}{"variance over noise":>26}\n   sigma  ' + 2 * '      emitted  independent')
     draws = [common.randn(x0.shape, args.seed, i, 'analyse', device=device) for i in range(8)]
+    tables = {'mean of the loss': {}, 'its variance over the noise': {}}
     for pair in zip(t.to(device), r.to(device)):
         high, low = (level.expand(len(x0)) for level in pair)
-        means, variances = [], []
-        for source in (encoder, None):
+        for name, source in ('emitted', encoder), ('independent', None):
             noises = [emit(source, x0, n, y)[0] for n in draws]
             points = [[path(x0, eps, level, args.kernel) for level in (high, low)] for eps in noises]
             values = torch.stack([loss(net, x_t, high, x_r, low, y, **loss_settings(args)) for x_t, x_r in points])
-            means.append(values.mean())
-            variances.append(values.var(0).mean())
-        common.print0(f'{pair[0]:8.4g}  ' + ''.join(f'{value:13.4g}' for value in means + variances))
-    rows = x0, mu / mu.abs().max(), (std - 1).clamp(-1, 1), 2 * (kl / kl.max()).mean(1, keepdim=True).expand_as(x0) - 1
-    common.save_grid(torch.cat([row[:8] for row in rows]), common.picture_path(args, 'analyse.png'), columns=8)
+            for columns, value in zip(tables.values(), (values.mean(), values.var(0).mean())):
+                columns.setdefault(name, []).append((pair[0].item(), value.item()))
+    common.print_tables(tables, 'sigma')
 
 
 # 9. Command line
@@ -445,7 +430,7 @@ def add_flags(add, number):
 
 def main(argv):
     """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
-    args = common.parse_args('vct', __doc__, PRESETS, add_flags, '--base ecm --beta 10', argv, switch='base')
+    args = common.parse_args('vct', __doc__, PRESETS, add_flags, argv, switch='base')
     if args.s1 < args.s0:
         raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
     if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
@@ -456,15 +441,7 @@ def main(argv):
         args.clip = 200.0 if args.coupling == 'vc' else 0.0
     if not args.use:
         return train(args)
-    device = common.start(args)
-    model = load(args.use, device)
-    model.config['precision'] = args.precision
-    sample_fn = functools.partial(sample, model, labels=args.labels)
-    if args.analyse:
-        return analyse(args, model, device)
-    if args.sample:
-        return common.save_samples(args, sample_fn)
-    fid.evaluate(fid.prepare(args, device), args, sample_fn)
+    common.use_run(args, common.start(args), load, sample, analyse)
 
 
 if __name__ == '__main__':
