@@ -274,7 +274,7 @@ def cifar10_records(*paths):
     with or_refuse(f'{paths[0].parent} does not hold CIFAR-10, or not all of it'):
         parts = [np.fromfile(path, np.uint8).reshape(10_000, 3073) for path in paths]
     records = torch.from_numpy(np.concatenate(parts))                               # label, 1024 red, green, blue
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
+    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
 
 
 def fmnist(root):
@@ -285,7 +285,7 @@ def fmnist(root):
             path = root / 'fashion-mnist' / name
             download(f'{FMNIST_URL}/{name}', path, 'md5', md5)
             parts.append(torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8))
-        return Data(parts[0][16:].view(-1, 1, 28, 28), parts[1][8:].long(), 10, root)       # behind the headers
+        return Data(parts[0][16:].view(len(parts[1]) - 8, 1, 28, 28), parts[1][8:].long(), 10, root)    # after headers
 
 
 IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
@@ -333,7 +333,7 @@ def image_folder(root, resolution=None):
         stamp = hashlib.sha256(repr([(name, sizes[name]) for name in files]).encode()).hexdigest()[:12]
         path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
         if not path.exists():
-            print0(f'decoded images go to {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)')
+            print0(f'decoded images go to {path}')
             write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
         with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
             images = np.memmap(path, np.uint8, 'c', shape=shape)
@@ -424,23 +424,22 @@ class Log:
             dist.all_reduce(rows)
             rows /= world_size()
         for number, row in enumerate(rows.tolist(), step - len(rows) + 1):
-            values = dict(zip(values, row))
-            self.stop = values.pop('stop') > 0 or self.stop
-            finite = all(map(math.isfinite, values.values()))
+            noted = dict(zip(values, row))
+            self.stop = noted.pop('stop') > 0 or self.stop
+            finite = all(map(math.isfinite, noted.values()))
             self.nonfinite = 0 if finite else self.nonfinite + 1
-            noted = {name: round(value, 6) if math.isfinite(value) else str(value) for name, value in values.items()}
-            self.write({'step': number} | noted)
+            text = '  '.join(f'{name} {value:.4g}' for name, value in noted.items())
+            self.write({'step': number} | {k: round(v, 6) if math.isfinite(v) else str(v) for k, v in noted.items()})
             if self.nonfinite == 20:
                 raise UserError(f'gradients were not finite for 20 steps in a row, up to step {number}. The last '
                                 'checkpoint is from before; try a lower --lr or --precision fp32')
         now = time.monotonic()
         if now - self.shown > 10 or step == self.args.steps or self.stop:
             pace = (now - self.begin) / (step - self.start)                             # seconds a step
-            text = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
             left = datetime.timedelta(seconds=int((self.args.steps - step) * pace))
             print0(f'step {step:,}/{self.args.steps:,}  {text}  {self.args.batch / pace:,.0f} img/s  {left} left')
             self.shown = now
-        if self.stop and not self.args.benchmark:
+        if self.stop:
             print0(f'stopped after step {step:,}; go on: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, line):
@@ -518,8 +517,8 @@ def save_final(args, model, name='final'):
 def load_checkpoint(path):
     """checkpoint.pt, final.pt beside config.json, or a folder: its first of CHECKPOINTS that is whole. -> dict"""
     path = Path(path)
-    found = [path / name for name in CHECKPOINTS if (path / name).exists()] if path.is_dir() else [path]
-    for candidate in found or [path / CHECKPOINTS[0]]:
+    found = [path / name for name in CHECKPOINTS if (path / name).exists()] or [path]
+    for candidate in found:
         try:
             with or_refuse(f'{candidate} cannot be read as a checkpoint'):
                 state = torch.load(candidate, map_location='cpu', weights_only=True)        # no file can run code
@@ -528,10 +527,10 @@ def load_checkpoint(path):
                 assert isinstance(state['config'], dict) and state['ema'], 'there are no weights in it'
                 return state
         except UserError as error:
-            if candidate == (found or [candidate])[-1]:
+            if candidate == found[-1]:
                 raise
             print0(error)
-def load_network(path, make_network, device='cpu'):
+def load_network(make_network, path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for sampling; its settings are in `.config`."""
     state = load_checkpoint(path)
     model = make_network(argparse.Namespace(**state['config']))
@@ -689,11 +688,10 @@ def _start_copies(args):
         for copy in copies:
             copy.kill()
             copy.wait()
-    killed = [code for code in codes if code and code < 0]          # the cause, not those that miss it
-    if killed:
-        print(f'a process was ended by {signal.Signals(-killed[0]).name}; the others with it', file=sys.stderr)
-        return 128 - killed[0]
-    return max(filter(None, codes), default=0)
+    code = min(filter(None, codes), default=0)              # one that was killed is the cause, not those that miss it
+    if code < 0:
+        print(f'a process was ended by {signal.Signals(-code).name}; the others with it', file=sys.stderr)
+    return code if code >= 0 else 128 - code
 
 
 def distributed(net, args):
@@ -752,7 +750,15 @@ def make_parser(script, doc, presets, add_flags):
     add('--attn-resolutions', type=number(int, 0, 1024, many=True), metavar='N,N', help='with attention; 0: none')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
     add('--cond', action=switch, help='condition on the class label')
-    add_flags(group('method'), number)
+    add = group('method')
+    add_flags(add, number)
+    add('--q', type=number(float, 1.001), metavar='X', help='tuning: what the gap is divided by from stage to stage')
+    add('--stages', type=number(int, 1, 64), metavar='N', help='tuning: stages of the shrinking, over the run')
+    if 's0' in presets['shapes']:
+        add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
+        add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
+    if 'ema_std' in presets['shapes']:
+        add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this width')
     add = group('optimisation')
     add('--batch', type=count, metavar='N', help='images per step, over all processes')
     add('--microbatch', type=count, metavar='N', help='images at a time in a process, to save memory')
@@ -848,6 +854,10 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
         args.ema_std = None
     if not saved and 'pretrain_steps' not in given:             # a shorter run has a shorter start
         args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))
+    if args.q and args.stages and (args.stages + 1) * math.log(args.q) > math.log(1e6):
+        raise UserError(f'--q {args.q} --stages {args.stages}: two levels would end up equal in float32')
+    if vars(args).get('s0') and args.s1 < args.s0:
+        raise UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
     if args.pretrain_steps > args.steps:
         raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
     if args.init is None:                                       # the published start is for the published network

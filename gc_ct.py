@@ -241,9 +241,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, make_network, device)
+load = functools.partial(common.load_network, make_network)
 
 
 # 7. Training
@@ -388,20 +386,12 @@ def add_flags(add, number):
     add('--mu', type=number(float, 0, 1), metavar='P', help='share of generated endpoints (mu, Alg. 1)')
     add('--endpoint', choices=['ema', 'online'], help='the network that generates them; online: with dropout')
     add('--schedule', choices=['ict', 'ect'], help='from scratch on ever more levels, or tuning with ever smaller gaps')
-    add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
-    add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
-    add('--q', type=number(float, 1.001), metavar='X', help='ect: what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='ect: stages of the shrinking, over the run')
     add('--ema-every', type=number(int, 1), metavar='N', help='steps between updates of the moving average')
 
 
 def main(argv):
     """`python gc_ct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, argv, switch='schedule')
-    if args.s1 < args.s0:
-        raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
-    if args.schedule == 'ect' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.dropout is None:

@@ -183,10 +183,7 @@ def class_members(data):
 
 
 def draw_references(n, own, data, members, *key):
-    """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M).
-
-    Allowed are those of a sample's class but one, its own image if drawn: the caller adds that to the references.
-    """
+    """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M)."""
     drawn = []
     for c in data.labels[own].unique().tolist():                # by class: any number of processes draws the same
         size, rng = len(members[c]), random.Random(common.key(*key, c))
@@ -194,7 +191,7 @@ def draw_references(n, own, data, members, *key):
     index = torch.cat(drawn)
     last = torch.cat([torch.arange(len(part)) == len(part) - 1 for part in drawn])
     of_class, is_own = data.labels[own, None] == data.labels[index], own[:, None] == index
-    return index, of_class & ~torch.where(is_own.any(1, keepdim=True), is_own, last)
+    return index, of_class & ~torch.where(is_own.any(1, keepdim=True), is_own, last)        # leaves room for its own
 
 
 def estimate_x0(args, step, data, members, index, x_all, x_t, t):
@@ -289,9 +286,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, make_network, device)
+load = functools.partial(common.load_network, make_network)
 
 
 # 7. Training
@@ -369,9 +364,7 @@ def train(args):
 # 8. The variance that SCT is about
 
 def analyse(args, model, device):
-    """Prints, by noise level and references, over 8 batches of 64: mean square of x0_hat - E[x0 | x_t], and the
-    gradient's noise at the last stage, |g1 - g2| of two batches over the norm of the mean.
-    """
+    """Prints, by level and references: mean square of x0_hat - E[x0 | x_t], and the gradient's noise over its mean."""
     args.batch = 64
     data = common.load_data(args, device)
     members = class_members(data)
@@ -405,17 +398,14 @@ def analyse(args, model, device):
 
 def add_flags(add, number):
     """The flags that are SCT's own."""
-    add('--ref-size', metavar='1|batch|N|all',
+    add('--ref-size', metavar='1|batch|N|all', type=lambda x: x if x in ('batch', 'all') else str(number(int, 1)(x)),
         help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N of a class, `all`')
     add('--weighting', choices=['gap', 't', 'edm'], help="of the loss: 1 / (t - r), 1 / t, or EDM's lambda(t)")
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
-    add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='stages of the shrinking, over the run')
     add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each')
     add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
     add('--keep-ema', type=number(float, 1e-6, 1, many=True), metavar='X,X', help='keep the EMA at these shares')
-    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
     add('--guide', metavar='CKPT', help='a weaker model to be guided by when sampling: twice the evaluations')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
@@ -425,10 +415,6 @@ def main(argv):
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv, free='eta guide guidance keep_ema')
     if args.phases > 1 or not args.nfe:
         args.nfe = [args.phases]
-    if not (args.ref_size in ('batch', 'all') or args.ref_size.isdecimal() and int(args.ref_size)):
-        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number')
-    if (args.stages + 1) * np.log(args.q) > np.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
     if not args.use:

@@ -19,16 +19,13 @@ levels, d and w are those of improved consistency training, from scratch (`--bas
 2310.14189), or of Easy Consistency Tuning, from a diffusion model (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 
     python vct.py                                                 # ten shapes, some five minutes on two CPU cores
-    python vct.py --dataset cifar10 --gpus 8                      # the paper's setting, from scratch
-    python vct.py --dataset cifar10 --base ecm --gpus 8           # tuned from EDM's diffusion model
-    python vct.py --sample runs/vct-shapes --nfe 2                # or --evaluate (FID), --analyse (emitted noise)
+    python vct.py --dataset cifar10 --gpus 8                      # the paper's, from scratch; --base ecm: tuning
+    python vct.py --sample runs/vct-shapes --nfe 2                # or --evaluate (FID), --analyse (variances)
 
 Where the paper leaves a choice, and where we deviate from it or its published code (`[n]` in the code):
-[1] As published, pseudo-Huber is of every number with ict (iCT's is of the vector), where beta is 30; and EDM's weight
-    counts as 1 for the KL term.
+[1] As published: with ict pseudo-Huber is of every number (iCT: of the vector), and EDM's weight counts as 1 for KL.
 [2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
-    least total distance, whatever the labels: a class's noise is not quite N(0, I). The published sampler pairs its
-    first output with the noise so, too; here it is independent.
+    least total distance, whatever the labels. The published sampler, unlike this one, so pairs its first output, too.
 [3] As published, the encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1
     (16 on shapes), and in sampling it emits the noise of every step after the first.
 [4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
@@ -72,7 +69,6 @@ SHAPES = dict(                  # built in; ours, sized for two CPU cores
     encoder_width=16, steps=2400, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
     eval_every=2400, fid_features='pixels', fid_num=2000)
 FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
-FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
 IMAGENET = dict(                # EDM2-S
     arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
     attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
@@ -84,8 +80,8 @@ PRESETS = {                     # by data set and base
     ('fmnist', 'ecm'): ECM | FMNIST,                                                                            # ours
     ('cifar10', 'ict'): ICT | dict(resolution=32, flip=True, dropout=0.3, batch=512),
     ('cifar10', 'ecm'): ECM | dict(resolution=32, flip=True, checkpoint=URLS['cifar10']),
-    ('ffhq64', 'ict'): ICT | FFHQ,                                                                              # ours
-    ('ffhq64', 'ecm'): ECM | FFHQ | dict(checkpoint=URLS['ffhq64']),
+    ('ffhq64', 'ict'): ICT | dict(resolution=64, mults=[1, 2, 2, 2]),                                           # ours
+    ('ffhq64', 'ecm'): ECM | dict(resolution=64, mults=[1, 2, 2, 2], checkpoint=URLS['ffhq64']),
     ('imagenet64', 'ict'): ICT | IMAGENET,                                                                      # ours
     ('imagenet64', 'ecm'): ECM | IMAGENET | dict(
         beta=90.0, P_mean=-0.8, P_std=1.6, stages=4, c=0.06, weighting='edm', checkpoint=URLS['imagenet64']),
@@ -300,9 +296,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, lambda args: add_encoder(make_network(args), args), device)
+load = functools.partial(common.load_network, lambda args: add_encoder(make_network(args), args))
 
 
 # 7. Training
@@ -383,15 +377,12 @@ def train(args):
 
 @torch.inference_mode()
 def analyse(args, model, device):
-    """Prints KL, mu and std of 64 images; by level, the loss's mean and its variance over 8 draws of the noise."""
+    """Prints, by level, the loss's mean over 64 images and its variance over 8 draws of the noise."""
     if args.coupling != 'vc':
         raise common.UserError(f'--analyse {args.use}: that run has no encoder (--coupling vc)')
     data = common.load_data(args, device)
     net, encoder = (common.network(module, args.precision) for module in (model, model.encoder))
     x0, y = data.at(common.batch_indices(len(data.images), 64, 0, args.seed), device)
-    mu, std = encode(encoder, x0, y)
-    common.print0(f'KL {kl_divergence(mu, std).flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
-                  f'{mu.square().mean().sqrt():.3g}, mean of std {std.mean():.3g}')
     t = torch.tensor(rho_levels(9)[1:])
     r = lower_level(t, args.stages - 1, args.q, args.k, args.b)
     if args.base == 'ict':
@@ -421,20 +412,11 @@ def add_flags(add, number):
     add('--beta', type=number(float, 0), metavar='X', help='vc: weight of the KL term, over the last pair of levels')
     add('--huber', choices=['elementwise', 'vector'], help='pseudo-Huber distance: of every number, or of the vector')
     add('--clip', type=number(float, 0), metavar='X', help='longest gradient, 0: any; 200 for vc if not given')
-    add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
-    add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
-    add('--q', type=number(float, 1.001), metavar='X', help='ecm: what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='ecm: stages of the shrinking, over the run')
-    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
 
 
 def main(argv):
     """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('vct', __doc__, PRESETS, add_flags, argv, switch='base')
-    if args.s1 < args.s0:
-        raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
-    if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.clip is None:
