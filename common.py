@@ -113,11 +113,9 @@ def true_float32():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def make_optimizer(args, net, **own):
@@ -293,10 +291,9 @@ MAPPED = 2 ** 30        # bytes of decoded images above which they are kept in a
 
 
 def image_folder(root, resolution=None):
-    """All images in a folder or zip, as RGB. Labels from `dataset.json` (EDM's), or from class sub-folders.
+    """All images in a folder or zip, as RGB; with `resolution` cropped to the central square and resized.
 
-    With `resolution` they are cropped to the central square and resized; without it they must be squares of one size.
-    What fills more than MAPPED bytes is decoded once, into a file beside the folder, and read from there.
+    Labels: `dataset.json` (EDM's), or class sub-folders. More than MAPPED bytes go to a file beside the folder.
     """
     if root.is_dir():
         sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob('*') if path.is_file()}
@@ -371,13 +368,15 @@ def steps(args, start, device):
     with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
         yield start                                             # eager: the counter does not see into compiled code
     yield start + 1                                             # warms up
+    wait = torch.zeros((), device=device).item                  # for all that the device was asked to do
+    wait()
     begin = time.perf_counter()
     yield from range(start + 2, start + 2 + args.benchmark)
+    wait()
+    seconds = (time.perf_counter() - begin) / args.benchmark
     cuda = device.type == 'cuda'
     if cuda:
-        torch.cuda.synchronize()
         print0(f'peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB')
-    seconds = (time.perf_counter() - begin) / args.benchmark
     size = 8192 if cuda else 2048
     a = torch.randn(size, size, device=device, dtype=DTYPES[args.precision])
     product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads()).timeit(20).mean
@@ -637,22 +636,21 @@ def start(args):
     if args.dry_run:
         print0(json.dumps(config_of(args), indent=2))
         sys.exit()
-    env, out = os.environ, Path(args.out)
-    gpus = torch.cuda.device_count() if args.device != 'cpu' else 0
+    env = os.environ
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
         env.setdefault('MASTER_ADDR', env.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
         env.setdefault('MASTER_PORT', '29500')
+    gpus = torch.cuda.device_count() if args.device != 'cpu' else 0
     launches = 'RANK' not in env and args.gpus > 1
     processes = args.gpus if launches else world_size()
-    wanted = args.gpus if launches and args.device != 'cpu' else args.device == 'cuda'
-    if gpus < wanted:
+    if gpus < (args.gpus if launches and args.device != 'cpu' else args.device == 'cuda'):
         raise UserError(f'--gpus {args.gpus}: this machine has {gpus or "no"} GPU for torch; --device cpu needs none')
     if args.batch % processes and not args.use:
         raise UserError(f'--batch {args.batch} cannot be shared equally by {processes} processes')
     fresh = rank() == 0 and not (args.benchmark or args.resume or args.overwrite or args.use)
-    if fresh and (out.is_file() or (out / 'config.json').exists()):
-        raise UserError(f'{out} holds a run: --resume goes on with it, --overwrite starts over, --out goes elsewhere')
+    if fresh and Path(args.out, 'config.json').exists():
+        raise UserError(f'{args.out} holds a run: --resume goes on, --overwrite starts over, --out goes elsewhere')
     if launches:
         sys.exit(_start_copies(args))
 
@@ -728,20 +726,30 @@ def number(kind=int, low=-math.inf, high=math.inf, many=False):
     return flag
 
 
-def make_parser(script, doc, presets, add_flags):
-    """The flags that all scripts have, in groups, and those of `add_flags`; without defaults."""
+DEFAULTS = dict(dataset='shapes', data_dir='data', precision='fp32', seed=0, gpus=1, device='auto', n=64)
+# Settings that are no part of a run, as they say what this command is to do; those that may change in a resumed one.
+NOT_KEPT = set('argv resume overwrite dry_run debug help sample evaluate analyse use benchmark n'.split())
+FREE_FLAGS = NOT_KEPT | set('data_dir steps microbatch compile out gpus device save_every sample_every eval_every '
+                            'fid_num fid_ref fid_features inception nfe labels'.split())
+
+
+def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
+    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
+
+    `presets[dataset, value]` are those for a value of the flag `switch`; free: flags that a resumption may change.
+    """
     parser = argparse.ArgumentParser(
         f'{script}.py', f'python {script}.py [FLAGS]', doc, argument_default=argparse.SUPPRESS, add_help=False,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse_flags
     group = lambda title: parser.add_argument_group(title).add_argument
-    count, steps, switch = number(int, 1, 10 ** 6), number(int, 1, 10 ** 9), argparse.BooleanOptionalAction
+    count, many, boolean = number(int, 1, 10 ** 6), number(int, 1, 10 ** 9), argparse.BooleanOptionalAction
     names = [name for name in presets if isinstance(name, str)]
     add = group('data')
     add('--dataset', choices=names, metavar='NAME', help=f'{", ".join(names)}; sets the defaults of all other flags')
     add('--data-dir', metavar='PATH', help='where data sets lie or go; or a folder or zip of images')
     add('--resolution', type=number(int, 4, 1024), metavar='N', help='height and width; images are cropped, resized')
-    add('--flip', action=switch, help='mirror half of the training images, left to right')
+    add('--flip', action=boolean, help='mirror half of the training images, left to right')
     add = group('network')
     add('--arch', choices=['songunet', 'edm2'], help="DDPM++, or the network of EDM2")
     add('--width', type=number(int, 8, 8192), metavar='N', help='channels at multiplier 1')
@@ -749,7 +757,7 @@ def make_parser(script, doc, presets, add_flags):
     add('--blocks', type=number(int, 1, 64, many='perhaps'), metavar='N', help='residual blocks; N,N: by resolution')
     add('--attn-resolutions', type=number(int, 0, 1024, many=True), metavar='N,N', help='with attention; 0: none')
     add('--dropout', type=number(float, 0, 0.99, many='perhaps'), metavar='P', help='same mask for student and teacher')
-    add('--cond', action=switch, help='condition on the class label')
+    add('--cond', action=boolean, help='condition on the class label')
     add = group('method')
     add_flags(add, number)
     add('--q', type=number(float, 1.001), metavar='X', help='tuning: what the gap is divided by from stage to stage')
@@ -762,13 +770,13 @@ def make_parser(script, doc, presets, add_flags):
     add = group('optimisation')
     add('--batch', type=count, metavar='N', help='images per step, over all processes')
     add('--microbatch', type=count, metavar='N', help='images at a time in a process, to save memory')
-    add('--steps', type=steps, metavar='N', help='training steps, with those of --pretrain-steps')
+    add('--steps', type=many, metavar='N', help='training steps, with those of --pretrain-steps')
     add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
     add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
     add('--optimizer', choices=['Adam', 'RAdam', 'Lion'], help='Lion: gc_ct.py alone')
     add('--betas', type=number(float, 0, 0.99999, many=True), metavar='X,X', help="decays of the optimiser's averages")
     add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
-    add('--lr-decay', type=steps, metavar='N', help='falls with the inverse root of the step after N')
+    add('--lr-decay', type=many, metavar='N', help='falls with the inverse root of the step after N')
     add('--ema', type=number(float, 0, 1), metavar='X', help='decay of the moving average of the weights')
     add('--precision', choices=list(DTYPES), help='arithmetic of the network')
     add('--compile', action='store_true', help='torch.compile the network')
@@ -779,9 +787,9 @@ def make_parser(script, doc, presets, add_flags):
     add('--overwrite', action='store_true', help='start over in an --out that holds a run')
     add('--gpus', type=number(int, 1, 1024), metavar='N', help='processes on this machine, one GPU each')
     add('--device', choices=['auto', 'cpu', 'cuda'], help='auto: cuda where there is one')
-    add('--save-every', type=steps, metavar='N', help='steps between checkpoints')
-    add('--sample-every', type=steps, metavar='N', help='steps between sample grids')
-    add('--eval-every', type=steps, metavar='N', help='steps between Fréchet distances')
+    add('--save-every', type=many, metavar='N', help='steps between checkpoints')
+    add('--sample-every', type=many, metavar='N', help='steps between sample grids')
+    add('--eval-every', type=many, metavar='N', help='steps between Fréchet distances')
     add('--benchmark', type=count, metavar='N', help='time N steps, and the operations of one, and write nothing')
     add('--dry-run', action='store_true', help='print the settings and stop')
     add('--debug', action='store_true', help='show tracebacks')
@@ -797,23 +805,7 @@ def make_parser(script, doc, presets, add_flags):
     add('--fid-ref', metavar='STATS', help='statistics (.npz) to compare with instead of the training set')
     add('--fid-features', choices=['inception', 'pixels'], help='inception: FID; pixels need no weights: pixel-FD')
     add('--inception', metavar='PATH', help='Inception weights; found in --data-dir or downloaded if not given')
-    return parser
 
-
-DEFAULTS = dict(dataset='shapes', data_dir='data', precision='fp32', seed=0, gpus=1, device='auto', n=64)
-# Settings that are no part of a run, as they say what this command is to do; those that may change in a resumed one.
-NOT_KEPT = set('argv resume overwrite dry_run debug help sample evaluate analyse use benchmark n'.split())
-FREE_FLAGS = NOT_KEPT | set('data_dir steps microbatch compile out gpus device save_every sample_every eval_every '
-                            'fid_num fid_ref fid_features inception nfe labels'.split())
-
-
-def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
-    """Flags of a script -> Namespace. Defaults come from `presets[dataset]`, or from the run that is resumed or used.
-
-    `presets[dataset, value]` are those for a value of the flag `switch`; free: flags that a resumption may change.
-    `args.use` is the checkpoint of --sample, --evaluate or --analyse.
-    """
-    parser = make_parser(script, doc, presets, add_flags)
     given = vars(parser.parse_args(argv))                       # nothing but what was said
     free, saved = FREE_FLAGS | set(free.split()), {}
     use = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
@@ -861,9 +853,9 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     if args.pretrain_steps > args.steps:
         raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
     if args.init is None:                                       # the published start is for the published network
-        shape = ('arch', 'width', 'mults', 'blocks', 'cond', 'resolution')
-        published = all(getattr(args, name) == preset.get(name) for name in shape) and not args.pretrain_steps
-        args.init = published and preset.get('checkpoint') or 'none'
+        shape = 'arch width mults blocks cond resolution'.split()
+        same = all(getattr(args, name) == preset.get(name) for name in shape)
+        args.init = same and not args.pretrain_steps and preset.get('checkpoint') or 'none'
     if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
         print0(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True

@@ -183,7 +183,7 @@ def class_members(data):
 
 
 def draw_references(n, own, data, members, *key):
-    """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M)."""
+    """n images of each class in the batch, if it has them, drawn anew for each `key`: indices (M,), allowed (B, M)."""
     drawn = []
     for c in data.labels[own].unique().tolist():                # by class: any number of processes draws the same
         size, rng = len(members[c]), random.Random(common.key(*key, c))
