@@ -256,23 +256,26 @@ FMNIST_MD5 = {'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
 
 
 def cifar10(root):
-    """CIFAR-10's training set: its binary files, or the archive, in `root` or downloaded to there and unpacked."""
+    """CIFAR-10's training set: its binary files, or the archive, in `root` or downloaded to there."""
+    names = [f'data_batch_{i}.bin' for i in range(1, 6)]
     archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
-    folder = root if (root / 'data_batch_1.bin').exists() else archive.parent / 'cifar-10-batches-bin'
-    if not folder.exists():
-        download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
-        with or_refuse(f'{archive} cannot be unpacked'):
-            tarfile.open(archive).extractall(archive.parent, filter='data')
-    images, labels = cifar10_records(*[folder / f'data_batch_{i}.bin' for i in range(1, 6)])
-    return Data(images, labels, 10, archive.parent)
+    folder = root if (root / names[0]).exists() else archive.parent / 'cifar-10-batches-bin'
+    with or_refuse(f'{root} does not hold CIFAR-10, or not all of it'):
+        if folder.exists():
+            parts = [(folder / name).read_bytes() for name in names]
+        else:
+            download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
+            tar = tarfile.open(archive)                         # read in place: nothing is unpacked
+            parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
+    return Data(*cifar10_records(parts), 10, archive.parent)
 
 
-def cifar10_records(*paths):
-    """CIFAR-10's .bin files -> images uint8 (N, 3, 32, 32), labels int64 (N,)."""
-    with or_refuse(f'{paths[0].parent} does not hold CIFAR-10, or not all of it'):
-        parts = [np.fromfile(path, np.uint8).reshape(10_000, 3073) for path in paths]
-    records = torch.from_numpy(np.concatenate(parts))                               # label, 1024 red, green, blue
-    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+def cifar10_records(parts):
+    """The bytes of CIFAR-10's .bin files -> images uint8 (N, 3, 32, 32), labels int64 (N,)."""
+    with or_refuse('a file of CIFAR-10 is not whole'):
+        records = np.concatenate([np.frombuffer(part, np.uint8).reshape(10_000, 3073) for part in parts])
+    labels, images = torch.from_numpy(records).split([1, 3072], 1)                  # 1024 red, 1024 green, 1024 blue
+    return images.reshape(-1, 3, 32, 32).contiguous(), labels[:, 0].long()
 
 
 def fmnist(root):
