@@ -135,6 +135,8 @@ def test_downloads_are_whole_and_checked_or_leave_nothing(server, tmp_path):
     common.download(f'{address}/whole', target, 'md5', md5[:8])
     common.download('http://127.0.0.1:9/x', target, 'md5', None)                # it is there
     assert target.read_bytes() == bytes(100)
+    with pytest.raises(UserError, match=f'{target} has md5'):
+        common.download('http://127.0.0.1:9/x', target, 'md5', 'aa')
 
 
 def test_cifar10_downloaded_packed_unpacked_and_damaged(server, tmp_path, monkeypatch):
@@ -158,7 +160,7 @@ def test_cifar10_downloaded_packed_unpacked_and_damaged(server, tmp_path, monkey
     check(home)
     monkeypatch.setattr(common, 'CIFAR10_URL', 'http://127.0.0.1:9/nothing')
     check(archive)
-    for damage, words in [(lambda: archive.write_bytes(b'cut'), 'does not hold CIFAR-10'),
+    for damage, words in [(lambda: archive.write_bytes(b'cut'), 'cifar-10-binary.tar.gz has md5'),
                           (archive.unlink, 'could not be downloaded'), (folder.mkdir, 'data_batch_1.bin'),
                           (lambda: [path.write_bytes(record.tobytes()[path.name == 'data_batch_2.bin':])
                                     for path, record in files.items()], 'is not whole')]:
