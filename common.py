@@ -334,7 +334,6 @@ def image_folder(root, resolution=None):
         stamp = hashlib.sha256(repr([(name, sizes[name]) for name in files]).encode()).hexdigest()[:12]
         path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
         if not path.exists():
-            print0(f'decoded images go to {path}')
             write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
         with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
             images = np.memmap(path, np.uint8, 'c', shape=shape)

@@ -21,7 +21,7 @@ from conftest import lines, same, weights
 MODULES = dict(sct=sct, gc_ct=gc_ct, vct=vct)
 EDM, EDM2 = (f'https://nvlabs-fi-cdn.nvidia.com/{path}' for path in ('edm/pretrained', 'edm2/posthoc-reconstructions'))
 RUN = set('''script dataset data_dir out seed precision compile microbatch gpus device labels inception fid_ref
-    eval_every analyse checkpoint guidance'''.split())                                      # how it is run; checkpoint: see init
+    eval_every analyse checkpoint guidance'''.split())                         # how it is run; checkpoint: see init
 
 RADAM, ADAM = dict(optimizer='RAdam', betas=[0.9, 0.999]), dict(optimizer='Adam', betas=[0.9, 0.99])
 LION = dict(optimizer='Lion', betas=[0.9, 0.99])

@@ -301,7 +301,7 @@ def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
     Path('file.pt').write_text('no checkpoint')
     run = f'runs/{name}-shapes'
     for flags, *words in [
-            ('--dataset nothing', '--dataset', 'nothing', 'shapes'), ('', f'{run} holds a run', '--resume', '--overwrite'),
+            ('--dataset nothing', 'nothing', 'shapes'), ('', f'{run} holds a run', '--resume', '--overwrite'),
             ('--resume --out nowhere', 'nowhere holds no run'), ('--resume --width 16', '--width is 16', 'made with 8'),
             ('--resume --seed 5', '--seed is 5'), ('--steps 0 --out x', '--steps'), ('--lr nan --out x', '--lr'),
             ('--stepz 3 --out x', '--stepz'), ('--step 3 --out x', '--step'), ('--steps', '--steps'),

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import common
 from conftest import SCRIPTS, Script, lines, same, weights
