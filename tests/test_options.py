@@ -1,6 +1,7 @@
 """torch.compile changes no number."""
 import os
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def tiny(dropout):
 def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
     """At r = t both see the same image: with equal masks the loss is 0, with a mask of the teacher's own it is not."""
     plain, net = tiny(0.5), tiny(0.5)
-    common.compile_in_place(net)
+    common.distributed(net, Namespace(compile=True))
     t = torch.tensor([0.5, 1.0, 2.0, 4.0])
     x_t = torch.rand(4, 3, 8, 8) + t[:, None, None, None] * torch.randn(4, 3, 8, 8)
     loss = lambda: sct.loss(common.network(net, 'fp32'), x_t=x_t, t=t, x_r=x_t, r=t, weighting='edm', seed=1)

@@ -21,7 +21,7 @@ from conftest import lines, same, weights
 MODULES = dict(sct=sct, gc_ct=gc_ct, vct=vct)
 EDM, EDM2 = (f'https://nvlabs-fi-cdn.nvidia.com/{path}' for path in ('edm/pretrained', 'edm2/posthoc-reconstructions'))
 RUN = set('''script dataset data_dir out seed precision compile microbatch gpus device labels inception fid_ref
-    eval_every analyse checkpoint'''.split())                                      # how it is run; checkpoint: see init
+    eval_every analyse checkpoint guidance'''.split())                         # how it is run; checkpoint: see init
 
 RADAM, ADAM = dict(optimizer='RAdam', betas=[0.9, 0.999]), dict(optimizer='Adam', betas=[0.9, 0.99])
 LION = dict(optimizer='Lion', betas=[0.9, 0.99])
@@ -183,12 +183,11 @@ def test_where_attention_is(capsys):
     assert isinstance(encoder, unet.EDM2UNet) and encoder.label_dim == 1000
 
 
-def test_a_given_decay_wins_over_the_presets_average(refused, capsys):
+def test_a_given_decay_wins_over_the_presets_average(capsys):
     for script in ('sct', 'vct'):
         assert printed(script, 'imagenet64 --ema 0.99', capsys) == printed(script, 'imagenet64', capsys) | dict(
             ema=0.99, ema_std=None)
         assert printed(script, 'imagenet64 --ema-std 0.05', capsys)['ema_std'] == 0.05
-        refused(MODULES[script], '--ema 0.9 --ema-std 0.05 --dry-run', '--ema and --ema-std')
 
 
 def test_a_shorter_run_has_a_shorter_start(capsys):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -37,7 +36,7 @@ def steps(out):
 def test_a_run_writes_its_folder(script, capsys):
     assert script.train('--sample-every', 2, '--eval-every', 4, '--fid-num', 10) == 0
     assert {path.name for path in script.out.rglob('*')} == {
-        'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', 'best.pt', '0000002.png',
+        'config.json', 'metrics.jsonl', 'samples', 'curves.png', 'checkpoint.pt', 'final.pt', '0000002.png',
         '0000004.png'}
     assert [line['step'] for line in steps(script.out)] == [1, 2, 3, 4]
     assert all(math.isfinite(line['loss']) for line in steps(script.out))
@@ -45,15 +44,16 @@ def test_a_run_writes_its_folder(script, capsys):
     final = weights(script.out)
     assert all(isinstance(value, torch.Tensor) for value in final.values()) and 'enc.8x8_conv.weight' in final
     assert any(name.startswith('encoder.') for name in final) == (script.name == 'vct')
-    assert re.search(r'^step 4/4  loss .*  grad_norm .* img/s  00:00 left$', capsys.readouterr().out, re.M)
+    assert re.search(r'^step 4/4  loss .*  grad_norm .* img/s  0:00:00 left$', capsys.readouterr().out, re.M)
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(script, monkeypatch):
     flags = ['--dropout', '0.3', '--steps', '6', '--pretrain-steps', '2', '--save-every', '3', '--lr', '1e-3']
     assert script.train(*flags, '--out', 'a') == 0
-    plain = common.save_checkpoint
+    plain = common.write_atomic
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(common, 'save_checkpoint', lambda *args, **parts: (plain(*args, **parts), 1 / 0))
+        patch.setattr(common, 'write_atomic', lambda path, *rest, **previous: (
+            plain(path, *rest, **previous), 1 / (path.name != 'checkpoint.pt')))
         script.train(*flags, '--out', 'b')
     with open('b/metrics.jsonl', 'a') as file:              # steps after the checkpoint are done again, and noted once
         file.write('{"step": 4, "loss": 0.0, "grad_norm": 1.0}\n{"step": 5, "lo')
@@ -65,15 +65,11 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(script, monkeypatch):
 
 
 def test_a_resumed_run_evaluates_what_it_did_and_may_be_longer(script):
-    """The numbers that decide on best.pt stay comparable."""
     assert script.train('--nfe', '2,1', '--labels', '3', '--eval-every', 2, '--fid-num', 10) == 0
     assert script.run('--resume', '--out', script.out, '--steps', 6) == 0
     assert json.loads((script.out / 'config.json').read_text())['steps'] == 6
-    judged = [line for line in lines(script.out) if 'best' in line]
-    names = [[name for name in line if 'pixel-FD' in name] for line in judged]
+    names = [[name for name in line if 'pixel-FD' in name] for line in lines(script.out) if 'loss' not in line]
     assert len(names) == 3 and all(row == names[0] for row in names) and 'classes [3] only), 2 step' in names[0][0]
-    values = [line[names[0][0]] for line in judged]
-    assert [line['best'] for line in judged] == [min(values[:i]) for i in (1, 2, 3)]
 
 
 def test_the_average_and_the_optimiser_are_those_of_the_settings(script, monkeypatch):
@@ -133,16 +129,16 @@ def test_tuning_continues_from_the_diffusion_models_average_with_a_fresh_optimis
     np.testing.assert_allclose(rates, [0.01 / max(done, 1) ** 0.5 for done in (0, 1, 2, 0, 1, 2)])
 
 
-def test_gradients_that_are_not_finite_are_counted(script, monkeypatch):
+def test_gradients_that_are_not_finite_are_noted_and_change_nothing(script, monkeypatch):
     plain, scales = common.backward, iter([1, math.nan, math.inf, 1, 1])
     monkeypatch.setattr(common, 'backward', lambda values, *rest: plain(values * next(scales), *rest))
     assert script.train('--steps', 5) == 0
-    assert [line.get('nonfinite', 0) for line in steps(script.out)] == [0, 1, 2, 2, 2]
+    assert [line['grad_norm'] in ('nan', 'inf') for line in steps(script.out)] == [False, True, True, False, False]
     assert all(value.isfinite().all() for value in weights(script.out).values())
 
 
 def test_divergence_stops_the_run(script, capsys):
-    assert script.train('--steps', 40, '--lr', '1e30', '--save-every', 5) == 1
+    assert script.train('--steps', 40, '--lr', '1e30', '--save-every', 5) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and '20 steps in a row' in error and not (script.out / 'final.pt').exists()
 
@@ -233,15 +229,12 @@ def test_a_signal_ends_the_run(name, number, gpus, few_pictures, tmp_path):
     assert weights(tmp_path / 'run', 'checkpoint.pt')['step'] == lines(tmp_path / 'run')[-1]['step']
 
 
-def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, monkeypatch, capsys, signals):
+def test_a_signal_is_heard_between_steps(script, monkeypatch, capsys, signals):
     plain = common.update_ema
-    for count, number, code in [(1, signal.SIGTERM, 0), (2, signal.SIGINT, 130)]:
-        monkeypatch.setattr(common, 'update_ema', lambda *args: (
-            plain(*args), [os.kill(os.getpid(), number) for _ in range(count)]))
-        assert script.train('--out', f'run{count}') == code
-    assert weights('run1', 'checkpoint.pt')['step'] == 1 == len(lines('run1')) and not Path('run2/final.pt').exists()
-    out, error = capsys.readouterr()
-    assert f'python {script.name}.py --resume --out run1' in out and error == 'interrupted\n'
+    monkeypatch.setattr(common, 'update_ema', lambda *args: (plain(*args), os.kill(os.getpid(), signal.SIGTERM)))
+    assert script.train('--out', 'run') == 0
+    assert weights('run', 'checkpoint.pt')['step'] == 1 == len(lines('run')) and not Path('run/final.pt').exists()
+    assert f'python {script.name}.py --resume --out run' in capsys.readouterr().out
 
 
 # What is done with a run
@@ -257,18 +250,17 @@ def test_samples_and_evaluation(script, capsys):
     for file in ('checkpoint.pt', 'final.pt'):
         assert torch.equal(one, script.module.sample(script.module.load(script.out / file), 12, seed=3))
         assert script.run('--sample', script.out / file, '--n', 6, '--nfe', 2, '--labels', '1,2') == 0
-    assert script.run('--sample', script.out, '--n', 18, '--nfe', '1,2') == 0               # strips of 16 and of 2
+    assert script.run('--sample', script.out, '--n', 18, '--nfe', '1,2') == 0               # a row each
     names = {path.name for path in script.out.glob('*.png')}
-    assert names == {'curves.png', 'sample-1-2-steps.png', 'sample-2-step.png'}
+    assert names == {'curves.png', 'sample-1-2-steps.png', 'sample-2-steps.png'}
     assert script.run('--sample', script.out, '--n', 6, '--nfe', 2, '--labels', '1,2', '--precision', 'bf16',
                       '--out', 'bf16') == 0
-    assert Path('bf16/sample-2-step.png').read_bytes() != (script.out / 'sample-2-step.png').read_bytes()
+    assert Path('bf16/sample-2-steps.png').read_bytes() != (script.out / 'sample-2-steps.png').read_bytes()
     strips = np.asarray(Image.open(script.out / 'sample-1-2-steps.png'))
-    assert strips.shape[:2] == (4 * 66 + 2, 16 * 66 + 2)
+    assert strips.shape[:2] == (2 * 66 + 2, 18 * 66 + 2)
     images = [common.to_uint8(script.module.sample(model, 18, nfe)).permute(0, 2, 3, 1).numpy() for nfe in (1, 2)]
     tile = lambda row, column: strips[2 + 66 * row:66 + 66 * row:8, 2 + 66 * column:66 + 66 * column:8]
-    for row, column, wanted in [(0, 0, images[0][0]), (0, 15, images[0][15]), (1, 3, images[1][3]), (3, 2, 255),
-                                (2, 1, images[0][17]), (3, 0, images[1][16])]:
+    for row, column, wanted in [(0, 0, images[0][0]), (0, 17, images[0][17]), (1, 3, images[1][3])]:
         assert (tile(row, column) == wanted).all()
     assert script.run('--evaluate', script.out, '--nfe', '1,2', '--fid-num', 50) == 0
     out = capsys.readouterr().out
@@ -290,7 +282,7 @@ def test_a_benchmark_accounts_for_the_step_and_leaves_a_run_alone(script, monkey
     before, step = files(), common.Log.step
     assert script.train('--benchmark', 1) == 0 and files() == before
     out = capsys.readouterr().out
-    for part in ('img/s', 'peak memory', '  data  ', '  forward  ', '  backward  ', '  update  ', '  log  '):
+    for part in ('img/s', 'Self CPU', 'aten::'):
         assert part in out
     share = float(out.split('TFLOP/s a process, ')[1].split('%')[0])
     assert 0 < share < 110                                      # of the rate of a matrix product in the same run
@@ -309,12 +301,12 @@ def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
     Path('file.pt').write_text('no checkpoint')
     run = f'runs/{name}-shapes'
     for flags, *words in [
-            ('--dataset nothing', '--dataset nothing', 'shapes'), ('', f'{run} holds a run', '--resume', '--overwrite'),
+            ('--dataset nothing', 'nothing', 'shapes'), ('', f'{run} holds a run', '--resume', '--overwrite'),
             ('--resume --out nowhere', 'nowhere holds no run'), ('--resume --width 16', '--width is 16', 'made with 8'),
             ('--resume --seed 5', '--seed is 5'), ('--steps 0 --out x', '--steps'), ('--lr nan --out x', '--lr'),
             ('--stepz 3 --out x', '--stepz'), ('--step 3 --out x', '--step'), ('--steps', '--steps'),
             ('--eval-every 4 --fid-ref nowhere.npz --out x', 'nowhere.npz'), ('--labels 99 --out x', '--labels 99'),
-            ('--pretrain-steps 10 --steps 9 --out x', '--pretrain-steps 10'), ('--out file', 'file is a file'),
+            ('--pretrain-steps 10 --steps 9 --out x', '--pretrain-steps 10'), ('--out file', 'file'),
             ('--batch 9 --gpus 2 --device cpu --out x', '--batch 9', '2 processes'),
             ('--dataset cifar10 --data-dir nowhere/at/all --resolution 16 --out x', 'nowhere'),
             ('--sample nowhere', 'nowhere'), (f'--sample {run} --evaluate {run}', 'one at a time'),
@@ -331,18 +323,13 @@ def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'file', 'file.pt', 'runs'}
 
 
-def test_help_shows_the_settings_in_force_and_examples_that_are_understood(script, capsys, tmp_path):
+def test_help_shows_the_settings_in_force(script, capsys, tmp_path):
     with pytest.raises(SystemExit):
         script.module.main(['--dataset', 'cifar10', '--batch', '77', '--help'])
     text = capsys.readouterr().out
     assert f'[{script.module.PRESETS["cifar10"]["steps"]}]' in text and '[77]' in text and 'arxiv.org/abs/' in text
-    groups = re.findall(r'^(\w[\w ]*):\n  python (\w+)\.py (.*)$', text, re.M)
-    assert [title for title, *_ in groups] == [
+    assert re.findall(r'^(\w[\w ]*):$', text, re.M) == [
         'data', 'network', 'method', 'optimisation', 'run', 'sampling and evaluation']
     assert script.run('--dataset', 'cifar10', '--dry-run') == 0
     assert json.loads(capsys.readouterr().out)['batch'] == script.module.PRESETS['cifar10']['batch']
     assert not list(tmp_path.iterdir())
-    assert script.train('--steps', 1) == 0
-    for _, name, flags in groups:
-        flags = [flag for flag in shlex.split(flags) if flag != '--resume']
-        assert name == script.name and script.run(*flags, '--dry-run') == 0, flags

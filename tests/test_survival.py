@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import common
 from conftest import SCRIPTS, Script, lines, same, weights
@@ -58,7 +57,7 @@ def test_a_dead_process_ends_the_others(victim, few_pictures, tmp_path):
     os.kill(copies[1] if victim == 'a copy' else process.pid, signal.SIGKILL)
     error = process.communicate(timeout=20)[1]
     assert process.returncode not in (0, 2) and 'Traceback' not in error
-    assert victim == 'the launcher' or 'process 1 of 2' in error
+    assert victim == 'the launcher' or 'a process was ended by SIGKILL' in error
     end = time.monotonic() + 20
     while any(Path(f'/proc/{copy}/exe').exists() for copy in copies) and time.monotonic() < end:
         time.sleep(0.1)
@@ -83,7 +82,7 @@ def test_a_cut_checkpoint_falls_back_or_is_refused(script, capsys):
     for _ in range(10):
         path.write_bytes(whole[:cuts.randrange(len(whole))])
         assert common.load_checkpoint(script.out)['step'] == 2
-    assert capsys.readouterr().out.count('going back to previous.pt') == 10
+    assert capsys.readouterr().out.count('cannot be read as a checkpoint') == 10
     assert script.run('--resume', '--out', script.out) == 0                     # from step 2
     assert same(weights(script.out, 'checkpoint.pt')['ema'], wanted['ema'])
     (script.out / 'previous.pt').unlink()
@@ -92,20 +91,6 @@ def test_a_cut_checkpoint_falls_back_or_is_refused(script, capsys):
         path.write_bytes(whole[:cuts.randrange(len(whole))])
         with pytest.raises(common.UserError, match='cannot be read'):
             common.load_checkpoint(script.out)
-
-
-def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
-    """The archive's checksums: a flipped bit among the weights is refused."""
-    path = tmp_path / 'checkpoint.pt'
-    torch.save(dict(config={}, ema=dict(w=torch.arange(1000.0))), path)
-    whole, flips = path.read_bytes(), random.Random(0)
-    good = common.load_checkpoint(path)['ema']['w']
-    for _ in range(100):
-        data = bytearray(whole)
-        data[flips.randrange(len(data))] ^= 1 << flips.randrange(8)
-        path.write_bytes(data)
-        with contextlib.suppress(common.UserError, KeyError):
-            assert torch.equal(common.load_checkpoint(path)['ema']['w'], good)
 
 
 def test_a_full_disk_ends_the_run_with_a_line_and_it_can_be_resumed(script, monkeypatch, capsys):

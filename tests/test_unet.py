@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_published_numbers(name, network, way):
     layout = torch.contiguous_format if way == 'plain' else torch.channels_last
     net = named_weights(net).eval().to(memory_format=layout)
     if way == 'compiled':
-        common.compile_in_place(net)
+        common.distributed(net, Namespace(compile=True))
     x = torch.from_numpy(golden['x']).contiguous(memory_format=layout).requires_grad_()
     labels = torch.from_numpy(golden['class_labels']) if 'class_labels' in golden else None
     out = net(x, torch.from_numpy(golden['noise_labels']), labels)

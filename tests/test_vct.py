@@ -214,21 +214,19 @@ def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize('base', ['ict', 'ecm'])
 def test_analysis_prints_means_and_variances_over_the_noise(base, capsys):
-    """Of the pairs of levels at the end of training, computed here once more; its picture has rows of images."""
+    """Of the pairs of levels at the end of training, computed here once more."""
     flags = ['--base', base, '--resolution', 4, '--mults', 1]
     assert VCT.train(*flags, '--s1', 20, '--stages', 3, '--steps', 2, '--lr', 0.01, '--ema', 0) == 0
-    table, (first, _, head, *_, name) = analysed(VCT, capsys)
-    assert head.split() == ['sigma', 'emitted', 'independent', 'emitted', 'independent']
+    table, (title, head, *_) = analysed(VCT, capsys)
+    assert title == 'mean of the loss' and head.split() == ['sigma', 'emitted', 'independent'] and len(table) == 18
+    table = np.hstack([table[:9], table[9:, 1:]])                               # and the variances
     model, data = vct.load(VCT.out), all_shapes(200, 4)
     assert table.shape == (9, 5) and (np.diff(table[:, 0]) > 0).all() and table[-1, 0] == 80
-    assert name == f'{VCT.out}/analyse.png' and Image.open(name).size == (8 * 66 + 2, 4 * 66 + 2)
 
     index = common.batch_indices(200, 64, 0, 0)
     x0, y, args = common.normalise(data.images[index]), data.labels[index], argparse.Namespace(**model.config)
     net, encoder = common.network(model, 'fp32'), common.network(model.encoder, 'fp32')
     mu, std = vct.encode(encoder, x0, y)
-    kl, said = vct.kl_divergence(mu, std).sum((1, 2, 3)).mean(), first.replace(';', ' ').replace(',', ' ').split()
-    close([float(said[i]) for i in (1, 10, 14)], [kl.item(), mu.square().mean().sqrt().item(), std.mean().item()], 1e-2)
     sigmas = vct.rho_levels(20 if base == 'ict' else 9)
     for row, t in ((table[-1], 80.0), (table[0], sigmas[1])):
         r = sigmas[sigmas.index(t) - 1] if base == 'ict' and t < 80 else sigmas[-2]
@@ -259,15 +257,14 @@ IMAGES, LABELS = idx(np.arange(30)[:, None, None] * np.ones((1, 28, 28))), idx(n
 PACKED = [gzip.compress(data) for data in (IMAGES, LABELS)]
 
 
-def fashion(folder, images=IMAGES, labels=LABELS, suffix=''):
+def fashion(folder, images=PACKED[0], labels=PACKED[1]):
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in [('images-idx3', images), ('labels-idx1', labels)]:
-        (folder / f'train-{name}-ubyte{suffix}').write_bytes(data)
+        (folder / f'train-{name}-ubyte.gz').write_bytes(data)
 
 
-@pytest.mark.parametrize('place, files', [('.', [IMAGES, LABELS]), ('fashion-mnist', [*PACKED, '.gz'])])
-def test_fmnist_is_found(tmp_path, place, files):
-    fashion(tmp_path / place, *files)
+def test_fmnist_is_found(tmp_path):
+    fashion(tmp_path / 'fashion-mnist')
     data = common.fmnist(tmp_path)
     assert data.images.shape == (30, 1, 28, 28) and data.images.dtype == torch.uint8
     assert data.images[7].unique().tolist() == [7]
@@ -279,7 +276,7 @@ def test_fmnist_is_downloaded_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(common, 'FMNIST_URL', served.as_uri())
     with pytest.raises(common.UserError, match='could not be downloaded'):
         common.fmnist(home)
-    fashion(served, *PACKED, '.gz')
+    fashion(served)
     with pytest.raises(common.UserError, match='train-images-idx3-ubyte.gz has md5'):
         common.fmnist(home)
     assert not home.exists()
@@ -289,25 +286,22 @@ def test_fmnist_is_downloaded_and_checked(tmp_path, monkeypatch):
     assert sorted(path.name for path in (home / 'fashion-mnist').iterdir()) == sorted(md5)
 
 
-@pytest.mark.parametrize('images, labels', [
-    (IMAGES[:-1], LABELS), (IMAGES + b'x', LABELS), (b'', LABELS), (b'PNG' + IMAGES, LABELS), (IMAGES, b''),
-    (IMAGES, b'x' * 38), (idx(np.zeros((30, 28))), LABELS), (IMAGES, LABELS[:-1]), (IMAGES, idx(np.full(30, 10))),
-    (idx(np.zeros((30, 27, 28))), LABELS), (idx(np.zeros((0, 28, 28))), idx(np.zeros(0)))])
+@pytest.mark.parametrize('images, labels', [(IMAGES[:-1], LABELS), (b'', LABELS), (IMAGES, b''), (IMAGES, LABELS[:-1])])
 def test_fmnist_that_is_damaged(images, labels, tmp_path):
-    fashion(tmp_path, images, labels)
-    with pytest.raises(common.UserError, match='is not Fashion-MNIST: damaged or cut short|cannot be read'):
+    fashion(tmp_path / 'fashion-mnist', gzip.compress(images), gzip.compress(labels))
+    with pytest.raises(common.UserError, match='cannot be read'):
         common.fmnist(tmp_path)
 
 
 @pytest.mark.parametrize('packed', [PACKED[0][:-20], b'no gzip', PACKED[0][:40] + bytes(40)])
 def test_a_package_of_fmnist_that_is_damaged(packed, tmp_path):
-    fashion(tmp_path, packed, PACKED[1], '.gz')
+    fashion(tmp_path / 'fashion-mnist', packed)
     with pytest.raises(common.UserError, match='cannot be read'):
         common.fmnist(tmp_path)
 
 
 def test_grey_pictures_train_sample_and_score(tmp_path, capsys):
-    fashion(tmp_path / 'data')
+    fashion(tmp_path / 'data/fashion-mnist')
     flags = ['--dataset', 'fmnist', *TINY_NETWORK, '--pretrain-steps', 0, '--batch', 8, '--steps', 2, '--base', 'ecm']
     assert VCT.run(*flags, '--cond', '--sample-every', 2, '--fid-num', 10, '--fid-features', 'pixels') == 0
     out = Path('runs/vct-fmnist')
