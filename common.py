@@ -14,6 +14,8 @@ import json
 import math
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -29,8 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
-from torch.utils.benchmark import Timer
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -86,25 +87,30 @@ def rank_slice(batch):
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def network(net, precision):
-    """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None."""
+def network(net, precision, cached=True):
+    """`net` as a function (x, noise_labels, y) -> float32, its layers in `precision`; y (B,): class numbers or None.
+
+    cached: whether weights in 16 bits may be those of the step's other calls.
+    """
     dtype, classes = DTYPES[precision], getattr(net, 'module', net).label_dim
 
     def call(x, noise_labels, y=None):
         y = torch.nn.functional.one_hot(y, classes).float() if classes and y is not None else None
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(x.device.type, dtype, dtype != torch.float32, cached):
             return net(x.contiguous(memory_format=torch.channels_last), noise_labels, y).float()
     return call
 
 
-def microbatches(net, args, step):
+def microbatches(net, args, step, clock):
     """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout masks."""
-    n = args.batch // world_size()
+    n, dtype, device = args.batch // world_size(), DTYPES[args.precision], next(net.parameters()).device.type
     size = args.microbatch or n
-    for i, at in enumerate(range(0, n, size)):
-        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-            net.require_backward_grad_sync = at + size >= n         # processes average their gradients in the last one
-        yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
+    clock('pairs')
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):     # around all, which keeps the weights' casts
+        for i, at in enumerate(range(0, n, size)):
+            if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+                net.require_backward_grad_sync = at + size >= n     # processes average their gradients in the last one
+            yield slice(at, at + size), key(args.seed, step, 'dropout', rank(), i)
 
 
 @contextlib.contextmanager
@@ -113,9 +119,11 @@ def true_float32():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def make_optimizer(args, net, **own):
@@ -130,10 +138,13 @@ def make_optimizer(args, net, **own):
     return kinds[args.optimizer](params, args.lr, tuple(args.betas), **{few: True})
 
 
-def backward(values, n, precision):
+def backward(values, n, precision, clock):
     """Back-propagates b of n samples' share in the mean loss: values (b,), or row 0 of (k, b). -> shares, () or (k,)"""
-    means = values.sum(-1) / n
-    (means.view(-1)[0] * LOSS_SCALE.get(precision, 1.0)).backward()
+    clock('forward')
+    with torch.autocast(values.device.type, enabled=False):         # a backward pass has the types of the forward one
+        means = values.sum(-1) / n
+        (means.view(-1)[0] * LOSS_SCALE.get(precision, 1.0)).backward()
+    clock('backward')
     return means.detach()
 
 
@@ -193,9 +204,8 @@ def load_data(args, device):
         known = dict(shapes=lambda: shapes(resolution=args.resolution), cifar10=lambda: cifar10(root),
                      fmnist=lambda: fmnist(root))
         data = known.get(args.dataset, lambda: image_folder(root, args.resolution))()
-    if args.resolution and args.resolution < data.images.shape[3]:      # averaged; shapes and folders are of that size
-        small = torch.nn.functional.adaptive_avg_pool2d(data.images.float(), args.resolution)
-        data = data._replace(images=small.round().to(torch.uint8))
+    if args.resolution and args.resolution < data.images.shape[3]:      # shapes and folders are of that size already
+        data = data._replace(images=shrink(data.images, args.resolution))
     n, channels, size, _ = data.images.shape
     if args.resolution not in (None, size):
         raise UserError(f'--resolution {args.resolution}: {args.dataset} is {size}x{size}')
@@ -205,9 +215,16 @@ def load_data(args, device):
         data = data._replace(labels=torch.zeros(n, dtype=torch.int64), classes=0)
     args.resolution, args.in_channels, args.label_dim = size, channels, data.classes
     choose_labels(1, args.labels, args.label_dim)                   # refuses those that the data have not
-    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:     # the free memory
+    if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 4:     # the free memory
         data = data._replace(images=data.images.to(device))
     return data
+
+
+def shrink(images, size):
+    """uint8 images (N, C, H, W), each pixel of (N, C, size, size) the average of those that it covers (box filter)."""
+    planes = (Image.fromarray(plane.astype(np.float32)) for plane in images.flatten(0, 1).numpy())     # 8 bits: rounded
+    shrunk = np.array([plane.resize((size, size), Image.Resampling.BOX) for plane in planes])           # in between
+    return torch.from_numpy(shrunk.round().astype(np.uint8)).view(*images.shape[:2], size, size)
 
 
 def cache_folder(args):
@@ -364,32 +381,50 @@ def download(url, path, algorithm, digest):
 
 # 4. Timing and logging
 
-def steps(args, start, device):
-    """The numbers of the steps to do. With --benchmark: counts the operations of the first, times others, prints."""
-    if not args.benchmark:
-        yield from range(start, args.steps)
-        return
-    with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
-        yield start                                             # eager: the counter does not see into compiled code
-    yield start + 1                                             # warms up
-    wait = torch.zeros((), device=device).item                  # for all that the device was asked to do
-    wait()
-    begin = time.perf_counter()
-    yield from range(start + 2, start + 2 + args.benchmark)
-    wait()
-    seconds = (time.perf_counter() - begin) / args.benchmark
-    cuda = device.type == 'cuda'
-    if cuda:
-        print0(f'peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB')
-    size = 8192 if cuda else 2048
-    a = torch.randn(size, size, device=device, dtype=DTYPES[args.precision])
-    product = Timer('a @ a', globals={'a': a}, num_threads=torch.get_num_threads()).timeit(20).mean
-    rate, best = counter.get_total_flops() / seconds / 1e12, 2 * size ** 3 / product / 1e12
-    print0(f'{args.batch / seconds:,.1f} img/s, {seconds:.3f} s a step')
-    print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in {args.precision}')
-    with torch.profiler.profile() as profile:
-        yield start + 2 + args.benchmark
-    print0(profile.key_averages().table(f'self_{"device" if cuda else "cpu"}_time_total', row_limit=12))
+class Clock:
+    """Counts the steps of a run and, for --benchmark, times their parts: clock('backward') books what passed since."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.parts, self.last = args, device, {}, None
+
+    def __call__(self, part):
+        if self.last is not None:
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+            self.last = now
+
+    def steps(self, start):
+        """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
+        n, cuda, begin = self.args.benchmark, self.device.type == 'cuda', time.perf_counter()
+        if not n:
+            yield from range(start, self.args.steps)
+            return
+        with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
+            yield start                                         # eager: the counter does not see into compiled code
+        yield start + 1
+        print0(f'two first steps: {time.perf_counter() - begin:.1f} s')
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(start + 2, start + 2 + n):
+            self.last = time.perf_counter()
+            yield step
+            self('update')
+        seconds = sum(self.parts.values()) / n
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        print0(f'{self.args.batch / seconds:,.1f} img/s, {seconds:.3f} s a step, peak memory {memory / 2 ** 30:.2f} GiB')
+        for part, spent in self.parts.items():
+            print0(f'  {part:<16} {spent / n:9.4f} s  {spent / n / seconds:6.1%}')
+        size = 8192 if cuda else 2048
+        a = torch.randn(size, size, device=self.device, dtype=DTYPES[self.args.precision])
+        for part in 'warm-up', 'product':
+            for _ in range(10):
+                a @ a
+            self(part)
+        rate, best = counter.get_total_flops() / seconds / 1e12, 2e-11 * size ** 3 / self.parts['product']
+        print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in '
+               f'{self.args.precision}')
 
 
 class Log:
@@ -581,6 +616,7 @@ def use_run(args, device, load, sample, analyse):
     import fid                                                  # which imports this file
     model = load(args.use, device)
     model.config['precision'] = args.precision
+    compile_in_place(args, model)
     sample_fn = functools.partial(sample, model, labels=args.labels)
     if args.analyse:
         analyse(args, model, device)
@@ -593,33 +629,53 @@ def use_run(args, device, load, sample, analyse):
         print0(f'written: {path}')
 
 
-def print_tables(tables, x_name):
-    """--analyse: prints {title: {name of a column: [(x, y), ...]}}, the same x in all columns."""
-    for title, columns in tables.items():
-        print0(f'{title}\n{x_name:>8} ' + ''.join(f'{name:>13}' for name in columns))
-        for points in zip(*columns.values()):
+def show_panels(args, panels, x_name):
+    """--analyse: prints {title: {name of a curve: [(x, y), ...]}} as tables and draws them, in `analyse.png`."""
+    for title, curves in panels.items():
+        print0(f'{title}\n{x_name:>8} ' + ''.join(f'{name:>13}' for name in curves))
+        for points in zip(*curves.values()):
             print0(f'{points[0][0]:8.4g} ' + ''.join(f'{y:13.4g}' for _, y in points))
+    save_plot(panels, Path(args.out) / 'analyse.png', x_name)
 
 
 def save_curves(metrics, path):
-    """The columns of a metrics.jsonl against the step, one panel each, as a PNG; at most 200 points, means of many."""
-    columns = {}
+    """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
+    panels = {}
     for line in map(json.loads, metrics.read_text().splitlines()):
         for name, value in line.items():
             if name != 'step' and isinstance(value, (int, float)):
-                columns.setdefault(name, []).append((line['step'], value))
-    sheet = Image.new('RGB', (720, 240 * max(1, len(columns))), 'white')
+                panels.setdefault(name, {'': []})[''].append((line['step'], value))
+    save_plot(panels, path, 'step')
+
+
+def save_plot(panels, path, x_name):
+    """Panels {title: {name of a curve: [(x, y), ...]}} as a PNG, one below the other; of (x, y, d) also y - d to y + d.
+
+    A curve has at most 200 points, means of what there is; y has a log scale where it spans a factor of 20.
+    """
+    sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
     draw = ImageDraw.Draw(sheet)
-    share = lambda v: (v - v.min()) / max(np.ptp(v), 1e-30)
-    for row, (name, points) in enumerate(columns.items()):
-        x, y = np.array([part.mean(0) for part in np.array_split(points, min(len(points), 200))]).T
-        title = f'{name}: {y.min():.4g} to {y.max():.4g}, steps {points[0][0]:,} to {points[-1][0]:,}'
-        if y.min() > 0:
-            title, y = f'{title} (log scale)', np.log(y)
-        draw.text((20, 240 * row + 10), title, 'black')
-        draw.rectangle([20, 240 * row + 30, 700, 240 * row + 230], outline='#bbbbbb')
-        pixels = np.stack([20 + 680 * share(x), 240 * row + 230 - 200 * share(y)], 1)
-        draw.line(pixels.flatten().tolist(), '#1f5fbf', 2)
+    inks = ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8', '#888888']
+    for row, (title, curves) in enumerate(panels.items()):
+        parts = {name: np.array_split(points, min(len(points), 200)) for name, points in curves.items()}
+        curves = {name: np.array([part.mean(0) for part in parts[name]]) for name in curves}        # (n, 2 or 3) each
+        low, high = (end([end(curve[:, :2], 0) for curve in curves.values()], 0) for end in (np.min, np.max))
+        logs = x_name == 'sigma', bool(low[1] > 0 and high[1] > 20 * low[1])
+        scale = lambda v: np.where(logs, np.log(np.maximum(v, 1e-30)), v)
+        share = lambda v: (scale(v) - scale(low)) / np.maximum(scale(high) - scale(low), 1e-30)
+        left, right, top, bottom = 74, 700, 240 * row + 28, 240 * row + 196
+        pixels = lambda v: [tuple(point) for point in share(v) * (right - left, top - bottom) + (left, bottom)]
+        draw.rectangle([left, top, right, bottom], outline='#bbbbbb')
+        draw.text((left, top - 8), title + ' (log scale)' * logs[1], 'black', font, anchor='ls')
+        draw.text((387, bottom + 8), x_name, 'black', font, anchor='ma')
+        for x, y, anchor, (x_value, y_value) in ((left, bottom, 'la', low), (right, top, 'ra', high)):
+            draw.text((x, bottom + 8), f'{x_value:,.5g}', 'black', font, anchor=anchor)
+            draw.text((left - 6, y), f'{y_value:.4g}', 'black', font, anchor='rm')
+        for i, (name, curve) in enumerate(curves.items()):
+            for x, y, *d in curve:
+                draw.line(pixels([(x, y - sum(d)), (x, y + sum(d))]), inks[i], 1)
+            draw.line(pixels(curve[:, :2]), inks[i], 2)
+            draw.text((right - 94 * (len(curves) - i), top - 8), name, inks[i], font, anchor='ls')
     write_atomic(path, lambda file: sheet.save(file, 'PNG'))
 
 
@@ -643,8 +699,9 @@ def start(args):
     env = os.environ
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
-        env.setdefault('MASTER_ADDR', env.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1'))
-        env.setdefault('MASTER_PORT', '29500')
+        first = re.match(r'[^,[]+(\[\d+)?', env.get('SLURM_STEP_NODELIST', '127.0.0.1'))[0].replace('[', '')     # n[1-4]: n1
+        env.setdefault('MASTER_ADDR', first)
+        env.setdefault('MASTER_PORT', str(20_000 + int(env.get('SLURM_JOB_ID', 0)) % 20_000))      # two jobs on a machine
     gpus = torch.cuda.device_count() if args.device != 'cpu' else 0
     launches = 'RANK' not in env and args.gpus > 1
     processes = args.gpus if launches else world_size()
@@ -669,7 +726,8 @@ def start(args):
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():          # the others wait while the first downloads or decodes
         dist.init_process_group('nccl' if gpus else 'gloo', init_method=env.get('INIT_METHOD', 'env://'),
-                                rank=rank(), world_size=world_size(), timeout=datetime.timedelta(hours=12))
+                                rank=rank(), world_size=world_size(), timeout=datetime.timedelta(hours=12),
+                                device_id=device if gpus else None)
     return device
 
 
@@ -678,7 +736,8 @@ def _start_copies(args):
     command = [sys.executable, str(Path(__file__).with_name(f'{args.script}.py')), *args.argv]
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, WORLD_SIZE=str(args.gpus), INIT_METHOD=f'file://{folder}/rendezvous', WATCH_STDIN='1')
-        env.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // args.gpus)))
+        for name in 'OMP_NUM_THREADS', 'TORCHINDUCTOR_COMPILE_THREADS':
+            env.setdefault(name, str(max(1, torch.get_num_threads() // args.gpus)))
         copies = [subprocess.Popen(command, env=dict(env, RANK=str(i), LOCAL_RANK=str(i)), stdin=subprocess.PIPE,
                                    start_new_session=True) for i in range(args.gpus)]   # Ctrl-C reaches them from here
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -696,11 +755,17 @@ def _start_copies(args):
     return code if code >= 0 else 128 - code
 
 
+def compile_in_place(args, *networks):
+    """With --compile: torch.compile, of which the networks' users see nothing but the time of the first calls."""
+    torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
+    torch._dynamo.config.recompile_limit = 64       # a graph for each batch size and mode; few sizes occur
+    for net in networks if args.compile else []:
+        for module in net, *([net.encoder] if hasattr(net, 'encoder') else []):
+            module.compile(dynamic=False)           # code for one size is faster
+
+
 def distributed(net, args):
-    """`net`, compiled if wanted, and with several processes wrapped so that backward averages gradients over them."""
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False   # student and teacher as one graph each: the same dropout masks
-        net.compile(dynamic=False)                  # in place; sizes hardly change, and code for one size is faster
+    """`net`, with several processes wrapped so that backward averages gradients over them."""
     if world_size() > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         net.broadcast_buffers = False               # they are constants

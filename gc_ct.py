@@ -283,13 +283,14 @@ def train(args):
     evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = common.make_optimizer(args, net, Lion=Lion)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
+    common.compile_in_place(args, net, ema)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
-    endpoint = common.network(ema if args.endpoint == 'ema' else net, args.precision)
-    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
+    endpoint = common.network(ema if args.endpoint == 'ema' else net, args.precision, cached=False)    # of no gradient
+    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in common.steps(args, start, device):
+    for step in clock.steps(start):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -313,7 +314,7 @@ def train(args):
         t4, r4 = t[:, None, None, None], r[:, None, None, None]
 
         total = torch.zeros((), device=device)
-        for part, seed in common.microbatches(wrapped, args, step):
+        for part, seed in common.microbatches(wrapped, args, step, clock):
             torch.manual_seed(seed)                                     # the dropout of an online endpoint
             x_hat = generator_coupling(endpoint, x0[part], eps[part], r[part], y[part], chosen[part], settings['m'])
             x_t, x_r = x_hat + t4[part] * eps[part], x_hat + r4[part] * eps[part]
@@ -321,7 +322,7 @@ def train(args):
                 value = denoising_loss(student, x_t, t[part], x0[part], y[part], seed)
             else:
                 value = loss(student, x_t, t[part], x_r, r[part], y[part], teacher, seed, **settings)
-            total += common.backward(value, len(x0), args.precision)
+            total += common.backward(value, len(x0), args.precision, clock)
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
@@ -375,7 +376,7 @@ def analyse(args, model, device):
         for i, columns in enumerate(tables.values()):
             for name in found[0]:
                 columns.setdefault(name, []).append((sigma, sum(one[name][i] for one in found) / len(found)))
-    common.print_tables(tables, 'sigma')
+    common.show_panels(args, tables, 'sigma')
 
 
 # 9. Command line

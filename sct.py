@@ -313,13 +313,14 @@ def train(args):
     evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = common.make_optimizer(args, net)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
+    common.compile_in_place(args, net, ema)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     members = class_members(data)
-    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
+    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in common.steps(args, start, device):
+    for step in clock.steps(start):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -343,12 +344,12 @@ def train(args):
         x_r = x0_hat + r4 * eps_hat
 
         total = torch.zeros((), device=device)
-        for part, seed in common.microbatches(wrapped, args, step):
+        for part, seed in common.microbatches(wrapped, args, step, clock):
             if pretraining:
                 value = denoising_loss(student, x_t[part], t[part], x0_hat[part], y[part], seed)
             else:
                 value = loss(student, x_t[part], t[part], x_r[part], r[part], y[part], teacher, seed, **settings)
-            total += common.backward(value, len(x0), args.precision)
+            total += common.backward(value, len(x0), args.precision, clock)
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
@@ -393,7 +394,7 @@ def analyse(args, model, device):
             noise = (noise / torch.stack(gradients).mean(0).norm()).item()
             for columns, value in zip(tables.values(), (error, noise)):
                 columns.setdefault(size, []).append((level, value))
-    common.print_tables(tables, 'sigma')
+    common.show_panels(args, tables, 'sigma')
 
 
 # 9. Command line

@@ -322,13 +322,14 @@ def train(args):
     evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = common.make_optimizer(args, net)
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
+    common.compile_in_place(args, net, ema)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
     encoder = common.network(net.encoder, args.precision) if args.coupling == 'vc' else None
-    log, mine = common.Log(args, start, device), common.rank_slice(args.batch)
+    clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 
-    for step in common.steps(args, start, device):
+    for step in clock.steps(start):
         pretraining = step < args.pretrain_steps
         done = step if pretraining else step - args.pretrain_steps
         if step == args.pretrain_steps and step > 0:                    # continue from the average, fresh optimiser
@@ -349,7 +350,7 @@ def train(args):
         x0, y, eps = x_all[mine], y_all[mine], eps_all[mine]
 
         total = torch.zeros(3, device=device)
-        for part, seed in common.microbatches(wrapped, args, step):
+        for part, seed in common.microbatches(wrapped, args, step, clock):
             torch.manual_seed(common.key(seed, 'encoder'))              # the encoder's own dropout
             emitted, kl = emit(encoder, x0[part], eps[part], y[part])
             noise = eps[part] if pretraining else emitted                                                       # [4]
@@ -359,7 +360,7 @@ def train(args):
             else:
                 value = loss(student, x_t, t[part], x_r, r[part], y[part], teacher, seed, **settings)
             values = torch.stack([value + kl_share(args, step, device) * kl, value, kl])
-            total += common.backward(values, len(x0), args.precision)
+            total += common.backward(values, len(x0), args.precision, clock)
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [6]
@@ -398,7 +399,7 @@ def analyse(args, model, device):
             values = torch.stack([loss(net, x_t, high, x_r, low, y, **loss_settings(args)) for x_t, x_r in points])
             for columns, value in zip(tables.values(), (values.mean(), values.var(0).mean())):
                 columns.setdefault(name, []).append((pair[0].item(), value.item()))
-    common.print_tables(tables, 'sigma')
+    common.show_panels(args, tables, 'sigma')
 
 
 # 9. Command line
