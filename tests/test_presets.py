@@ -6,17 +6,14 @@ resolution and coupling, optimiser, average, noise levels, loss, mirroring, samp
 import argparse
 import json
 
-import numpy as np
 import pytest
 import torch
 
 import common
-import fid
 import gc_ct
 import sct
 import unet
 import vct
-from conftest import lines, same, weights
 
 MODULES = dict(sct=sct, gc_ct=gc_ct, vct=vct)
 EDM, EDM2 = (f'https://nvlabs-fi-cdn.nvidia.com/{path}' for path in ('edm/pretrained', 'edm2/posthoc-reconstructions'))
@@ -200,60 +197,3 @@ def test_a_shorter_run_has_a_shorter_start(capsys):
         assert printed(script, f'{flags} --steps 20 --pretrain-steps 7', capsys)['pretrain_steps'] == 7
         longer = printed(script, f'{flags} --steps 100000', capsys)
         assert longer['pretrain_steps'] == preset['pretrain_steps']
-
-
-# The average, mirroring
-
-def test_the_average_does_not_hold_the_random_weights_that_pretraining_starts_from(script, monkeypatch):
-    """EDM's half-life of 5 % of the images seen; from the first step of tuning on, the decay of --ema."""
-    switch = dict(sct=[], vct=['--base', 'ecm'], gc_ct=['--schedule', 'ect'])[script.name]
-    decays, plain = [], common.update_ema
-    monkeypatch.setattr(common, 'update_ema', lambda ema, net, decay: (
-        decays.append(decay), plain(ema, net, decay))[1])
-    assert script.train(*switch, '--steps', 5, '--pretrain-steps', 3, '--ema', 0.01) == 0
-    if script.name == 'gc_ct':                                  # GC's own, from 0, in both
-        expected = [min(1 - (1 + step) ** (-2 / 3), 0.01) for step in (0, 1, 2, 0, 1)]
-    else:
-        expected = [0.5 ** 20, 0.5 ** 10, 0.5 ** (20 / 3), 0.01, 0.01]
-    np.testing.assert_allclose(decays, expected)
-    decays.clear()
-    assert script.train(*switch, '--steps', 1, '--pretrain-steps', 1, '--ema', 1e-9, '--overwrite') == 0
-    assert decays[0] <= 1e-9                                    # never above --ema
-
-
-
-def test_mirroring_is_keyed_and_of_half_the_images():
-    images = torch.rand(2000, 3, 4, 4)
-    flipped = common.mirror(images, 0, 7, 'flip')
-    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
-    assert 900 < mirrored.sum() < 1100 and torch.equal(flipped[~mirrored], images[~mirrored])
-    assert torch.equal(flipped, common.mirror(images, 0, 7, 'flip'))
-    assert not torch.equal(flipped, common.mirror(images, 0, 8, 'flip'))
-    assert not torch.equal(flipped, common.mirror(images, 1, 7, 'flip'))
-
-
-def test_a_run_with_mirroring(script, command, tmp_path, monkeypatch, capsys, few_pictures):
-    """Two processes equal one, resumed equals uninterrupted; the distance is from the data as they are."""
-    flags = [*few_pictures, *script.small, '--flip', '--steps', 6, '--device', 'cpu']
-    references = []
-    measured = fid.dataset_statistics
-    monkeypatch.setattr(fid, 'dataset_statistics', lambda images, *rest: (
-        references.append(images), measured(images, *rest))[1])
-    evaluate = ['--eval-every', 6, '--fid-features', 'pixels']
-    assert script.run(*flags, *evaluate, '--out', 'whole') == script.run(*flags, '--no-flip', '--out', 'plain') == 0
-    data = common.image_folder(tmp_path / few_pictures[-1], 8)
-    assert torch.equal(references[0], data.images)
-    assert lines('whole')[0]['loss'] != lines('plain')[0]['loss']
-
-    step, stop = common.Log.step, lambda log, number, **values: (
-        setattr(log, 'signal', number == 3), step(log, number, **values))[1]
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Log, 'step', stop)
-        assert script.run(*flags, '--out', 'cut') == 0
-    assert len(lines('cut')) == 3 and script.run('--resume', '--data-dir', few_pictures[-1], '--out', 'cut') == 0
-    assert same(weights('whole'), weights('cut'))
-
-    done = command(f'{script.name}.py', *flags, '--out', 'two', '--gpus', 2)
-    assert done.returncode == 0, done.stderr
-    for one, two in zip(lines('whole'), lines('two')):
-        assert one.get('loss', 0) == pytest.approx(two.get('loss', 0), rel=2e-3)

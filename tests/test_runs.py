@@ -17,15 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
+import fid
 import sct
 import vct
-from conftest import ROOT, SCRIPTS, Script, lines, same, weights
-from test_common import signals                                                 # noqa: F401: a fixture
-
-TUNING = {'gc_ct': ['--schedule', 'ect'], 'vct': ['--base', 'ecm'], 'sct': []}
+from conftest import ROOT, SCRIPTS, TUNING, Script, all_shapes, lines, same, stop, weights
 
 
 def steps(out):
@@ -48,20 +45,21 @@ def test_a_run_writes_its_folder(script, capsys):
     assert re.search(r'^step 4/4  loss .*  grad_norm .* img/s  00:00 left$', capsys.readouterr().out, re.M)
 
 
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(script, monkeypatch):
-    flags = ['--dropout', '0.3', '--steps', '6', '--pretrain-steps', '2', '--save-every', '3', '--lr', '1e-3']
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(script, after_step):
+    flags = '--flip --dropout 0.3 --steps 6 --pretrain-steps 2 --save-every 3 --lr 1e-3'.split()
     assert script.train(*flags, '--out', 'a') == 0
-    plain = common.save_checkpoint
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(common, 'save_checkpoint', lambda *args, **parts: (plain(*args, **parts), 1 / 0))
+    after_step(5, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         script.train(*flags, '--out', 'b')
     with open('b/metrics.jsonl', 'a') as file:              # steps after the checkpoint are done again, and noted once
-        file.write('{"step": 4, "loss": 0.0, "grad_norm": 1.0}\n{"step": 5, "lo')
+        file.write('{"step": 5, "lo')
     assert script.run('--resume', '--out', 'b') == 0
     a, b = (weights(out, 'checkpoint.pt') for out in 'ab')
     assert same(a['ema'], b['ema']) and same(a['net'], b['net']) and same(weights('a'), weights('b'))
     assert lines('a') == lines('b')
-    assert script.train(*flags, '--out', 'c', '--steps', 2, '--seed', 1) == 0 and lines('c')[0] != lines('a')[0]
+    for other in (['--seed', 1], ['--no-flip']):
+        assert script.train(*flags, *other, '--steps', 2, '--out', 'c', '--overwrite') == 0
+        assert lines('c')[0] != lines('a')[0]
 
 
 def test_a_resumed_run_evaluates_what_it_did_and_may_be_longer(script):
@@ -76,14 +74,21 @@ def test_a_resumed_run_evaluates_what_it_did_and_may_be_longer(script):
     assert [line['best'] for line in judged] == [min(values[:i]) for i in (1, 2, 3)]
 
 
-def test_the_average_and_the_optimiser_are_those_of_the_settings(script, monkeypatch):
-    """After the second step the average is d times what it was, and 1 - d times the network."""
-    preset = script.module.PRESETS['shapes'] | dict(lr=3e-3, lr_decay=None, betas=(0.8, 0.95))
-    monkeypatch.setitem(script.module.PRESETS, 'shapes', preset)
-    assert script.train('--steps', 2, '--pretrain-steps', 0, '--save-every', 1, '--ema', 0.9) == 0
+@pytest.mark.parametrize('flags, decay, of_gc', [
+    ('--steps 2 --ema 0.9', 0.9, 1 - 2 ** (-2 / 3)), ('--steps 2 --ema 0.3', 0.3, 0.3),
+    ('--steps 5 --pretrain-steps 5', 0.5 ** (20 / 5), 1 - 5 ** (-2 / 3)),       # EDM's half-life of 5 % of the images
+    ('--steps 5 --pretrain-steps 5 --ema 0.01', 0.01, 0.01), ('--steps 3 --pretrain-steps 2 --ema 0.9', 0.9, 0),
+    ('--steps 4 --ema-every 3', 0, 1 - 4 ** (-2 / 3)), ('--steps 3 --ema-every 3', 0, 1),
+    ('--steps 3 --pretrain-steps 2 --ema-every 3', 0, 0)])
+def test_the_average_and_the_optimiser_are_those_of_the_settings(script, flags, decay, of_gc, monkeypatch):
+    """A step makes of the average d times what it was, and 1 - d times the network."""
+    if script.name != 'gc_ct' and '--ema-every' in flags:
+        return
+    for key, preset in script.module.PRESETS.items():
+        monkeypatch.setitem(script.module.PRESETS, key, preset | dict(lr=3e-3, lr_decay=None, betas=(0.8, 0.95)))
+    assert script.train(*TUNING[script.name], '--pretrain-steps', 0, '--save-every', 1, *flags.split()) == 0
     before, after = (weights(script.out, name) for name in ('previous.pt', 'checkpoint.pt'))
-    assert (before['step'], after['step']) == (1, 2)
-    d = min(1 - 2 ** (-2 / 3), 0.9) if script.name == 'gc_ct' else 0.9            # GC's average warms up
+    d = of_gc if script.name == 'gc_ct' else decay
     for name, value in after['ema'].items():
         torch.testing.assert_close(value, d * before['ema'][name] + (1 - d) * after['net'][name])
     group, = after['optimizer']['param_groups']
@@ -101,6 +106,12 @@ def test_the_power_function_average(module):
     assert decay(9, 0.1, pretrain_steps=10) == pytest.approx(0.25) and decay(99, pretrain_steps=100) == 0.5
 
 
+def test_mirrored_training_is_judged_by_the_pictures_as_they_are(script, spy):
+    references = spy(fid, 'dataset_statistics')
+    assert script.train('--flip', '--steps', 1, '--eval-every', 1) == 0
+    assert torch.equal(references[0].images, all_shapes(200, 8).images)
+
+
 def test_microbatches_equal_the_whole_batch(script):
     assert script.train('--out', 'a') == script.train('--out', 'b', '--microbatch', 3) == 0
     for name, rtol in (('loss', 1e-4), ('grad_norm', 1e-3)):
@@ -108,9 +119,8 @@ def test_microbatches_equal_the_whole_batch(script):
         np.testing.assert_allclose(a, b, rtol=rtol)
 
 
-def test_the_teacher_has_the_students_own_weights_and_not_their_average(script, spy, monkeypatch):
+def test_the_teacher_has_the_students_own_weights_and_not_their_average(script, spy):
     calls = spy(script.module, 'loss')
-    monkeypatch.setattr(common, 'update_ema', lambda *_: None)
     assert script.train('--lr', 0.01) == 0
     with torch.no_grad():
         outs = [getattr(calls[3], name)(calls[3].x_t, calls[3].t, calls[3].y) for name in ('net', 'teacher')]
@@ -118,24 +128,22 @@ def test_the_teacher_has_the_students_own_weights_and_not_their_average(script, 
 
 
 def test_tuning_continues_from_the_diffusion_models_average_with_a_fresh_optimiser(script, monkeypatch):
-    """One step of Adam or Lion away: a first one changes every weight by the learning rate, which counts anew."""
-    rates, gaps, update = [], [], common.update_ema
-    weight = lambda net: net.state_dict()['enc.8x8_conv.weight']
-    monkeypatch.setattr(common, 'update_ema', lambda ema, net, *rest: (
-        gaps.append((weight(net) - weight(ema)).abs()), update(ema, net, *rest)))
+    """A first step of Adam changes every weight by the learning rate, which counts anew."""
     monkeypatch.setattr(script.module, 'ema_decay', lambda *_: 0.9)
-    hook = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
-    assert script.train(*TUNING[script.name], '--steps', 6, '--pretrain-steps', 3, '--lr', 0.01, '--lr-decay', 1) == 0
-    hook.remove()
-    torch.testing.assert_close(gaps[3], torch.full_like(gaps[3], 0.01), rtol=0, atol=1e-4)
-    assert gaps[2].max() > 0.011
-    np.testing.assert_allclose(rates, [0.01 / max(done, 1) ** 0.5 for done in (0, 1, 2, 0, 1, 2)])
+    flags = [*TUNING[script.name], '--pretrain-steps', 3, '--lr', 0.01, '--lr-decay', 1, '--save-every', 1]
+    for steps, rate in (4, 0.01), (6, 0.01 / 2 ** 0.5):
+        assert script.train(*flags, '--steps', steps, '--out', steps) == 0
+        assert weights(str(steps), 'checkpoint.pt')['optimizer']['param_groups'][0]['lr'] == pytest.approx(rate)
+    before, after = (weights('4', name) for name in ('previous.pt', 'checkpoint.pt'))
+    weight = lambda state: state['enc.8x8_conv.weight']
+    gap = (weight(after['net']) - weight(before['ema'])).abs()
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.01), rtol=0, atol=1e-4)
+    assert (weight(before['net']) - weight(before['ema'])).abs().max() > 0.011
 
 
 def test_gradients_that_are_not_finite_are_counted(script, monkeypatch):
-    plain, scales = common.backward, iter([1, math.nan, math.inf, 1, 1])
-    monkeypatch.setattr(common, 'backward', lambda values, *rest: plain(values * next(scales), *rest))
+    plain, scales = script.module.loss, iter([1, math.nan, math.inf, 1, 1])
+    monkeypatch.setattr(script.module, 'loss', lambda *args, **kwargs: plain(*args, **kwargs) * next(scales))
     assert script.train('--steps', 5) == 0
     assert [line.get('nonfinite', 0) for line in steps(script.out)] == [0, 1, 2, 2, 2]
     assert all(value.isfinite().all() for value in weights(script.out).values())
@@ -149,7 +157,7 @@ def test_divergence_stops_the_run(script, capsys):
 
 # Several processes, signals
 
-TWO_OF_EACH = """
+ALL_IN_TWO = """
 import json, os, sys
 import common, fid, gc_ct, sct, vct
 draw = common.shapes
@@ -161,43 +169,51 @@ for name, env, argv in json.loads(sys.argv[1]):
         if not copies[-1]:
             os.environ.update({key: rank if value == 'RANK' else value for key, value in env.items()})
             os._exit(common.run(globals()[name].main, argv))
-    assert [os.waitpid(copy, 0)[1] for copy in copies] == [0, 0], name
+    assert [os.waitpid(copy, 0)[1] for copy in copies] == [0, 0], (name, argv)
 """
 BOTH = dict(RANK='RANK', LOCAL_RANK='RANK', WORLD_SIZE='2')
 LAUNCH = dict(      # what torchrun, srun and --gpus tell the processes
     sct=BOTH | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}'), vct=BOTH | dict(INIT_METHOD='file://{folder}/met'),
     gc_ct=dict(SLURM_STEP_NUM_TASKS='2', SLURM_PROCID='RANK', SLURM_LOCALID='RANK', MASTER_PORT='{port}',
                SLURM_LAUNCH_NODE_IPADDR='127.0.0.1'))
-FOR_TWO = ['--steps', '10', '--device', 'cpu', '--lr', '1e-4', '--eval-every', '10', '--fid-num', '120']
+IN_TWO = [('sct', '--ref-size batch'), ('sct', '--ref-size 5'), ('sct', '--ref-size all'), ('gc_ct', ''), ('vct', '')]
+FOR_TWO = ['--flip', '--steps', '10', '--device', 'cpu', '--lr', '1e-4', '--eval-every', '10', '--fid-num', '120']
 
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-    """A folder with a run of each script by two processes (gloo)."""
+    """A folder with runs by two processes (gloo), which are numbered as IN_TWO."""
     folder, tasks = tmp_path_factory.mktemp('two'), []
-    for name, env in LAUNCH.items():
+    for i, (name, flags) in enumerate(IN_TWO):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
-            env = {key: value.format(folder=folder, port=free.getsockname()[1]) for key, value in env.items()}
-        tasks.append((name, env, [*Script(name).small, *FOR_TWO, '--out', name]))
-    done = subprocess.run([sys.executable, '-c', TWO_OF_EACH, json.dumps(tasks)], cwd=folder, capture_output=True,
+            env = {key: value.format(folder=folder, port=free.getsockname()[1]) for key, value in LAUNCH[name].items()}
+        tasks.append((name, env, [*Script(name).small, *FOR_TWO, *flags.split(), '--out', str(i)]))
+    done = subprocess.run([sys.executable, '-c', ALL_IN_TWO, json.dumps(tasks)], cwd=folder, capture_output=True,
                           text=True, timeout=250, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_two_processes_equal_one(script, two, monkeypatch):
+@pytest.mark.parametrize('name, flags', IN_TWO)
+def test_two_processes_equal_one(name, flags, two, few_shapes, monkeypatch):
     """10 steps: losses, weights and the Fréchet distance agree to rounding. A Slurm job of one task is one process."""
     monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '1')
-    assert script.train(*FOR_TWO, '--out', 'one') == 0
+    assert Script(name).train(*FOR_TWO, *flags.split(), '--out', 'one') == 0
+    both = two / str(IN_TWO.index((name, flags)))
     values = lambda out: [[value for name, value in line.items() if name != 'kl'] for line in lines(out)]
-    one, both = values('one'), values(two / script.name)
-    np.testing.assert_allclose(one[:10], both[:10], rtol=5e-3)
-    np.testing.assert_allclose(one[10], both[10], rtol=1e-3)
-    one, both = weights('one'), weights(two / script.name)
-    for name in one:
+    np.testing.assert_allclose(values('one')[:10], values(both)[:10], rtol=5e-3)
+    np.testing.assert_allclose(values('one')[10], values(both)[10], rtol=1e-3)
+    one, both = weights('one'), weights(both)
+    for key in one:
         # The sign that Lion takes turns where rounding decides it: 10 steps of 1e-4, twice.
-        torch.testing.assert_close(one[name], both[name], rtol=1e-3, atol=2e-3 if script.name == 'gc_ct' else 1e-3)
+        torch.testing.assert_close(one[key], both[key], rtol=1e-3, atol=2e-3 if name == 'gc_ct' else 1e-3)
+
+
+def test_an_error_of_all_processes_is_one_line_and_their_exit_code(command):
+    flags = [*Script('sct').small, '--resolution', 10, '--mults', '1,1,1']
+    done = command('sct.py', *flags, '--gpus', 2, '--device', 'cpu', '--out', 'x')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and '--arch' in done.stderr, done.stderr
 
 
 @pytest.mark.slow
@@ -233,12 +249,11 @@ def test_a_signal_ends_the_run(name, number, gpus, few_pictures, tmp_path):
     assert weights(tmp_path / 'run', 'checkpoint.pt')['step'] == lines(tmp_path / 'run')[-1]['step']
 
 
-def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, monkeypatch, capsys, signals):
-    plain = common.update_ema
-    for count, number, code in [(1, signal.SIGTERM, 0), (2, signal.SIGINT, 130)]:
-        monkeypatch.setattr(common, 'update_ema', lambda *args: (
-            plain(*args), [os.kill(os.getpid(), number) for _ in range(count)]))
-        assert script.train('--out', f'run{count}') == code
+def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, after_step, capsys):
+    after_step(1, stop)
+    assert script.train('--out', 'run1') == 0
+    after_step(1, lambda: (stop(signal.SIGINT), stop(signal.SIGINT)))
+    assert script.train('--out', 'run2') == 130
     assert weights('run1', 'checkpoint.pt')['step'] == 1 == len(lines('run1')) and not Path('run2/final.pt').exists()
     out, error = capsys.readouterr()
     assert f'python {script.name}.py --resume --out run1' in out and error == 'interrupted\n'
@@ -248,24 +263,22 @@ def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, monkey
 
 def test_samples_and_evaluation(script, capsys):
     assert script.train('--ema', 0, '--lr', 0.01) == 0
-    model = script.module.load(script.out)
-    one = script.module.sample(model, 12, seed=3)
+    sample, model = script.module.sample, script.module.load(script.out)
+    one = sample(model, 12, seed=3)
     assert one.shape == (12, 3, 8, 8) and one.abs().max() <= 1
-    assert torch.equal(one, script.module.sample(model, 12, seed=3))
-    assert not torch.equal(one, script.module.sample(model, 12, seed=4))
-    assert not torch.equal(script.module.sample(model, 12, labels=[7], seed=3), one)
+    assert not any(torch.equal(one, sample(model, 12, **other)) for other in [dict(seed=4), dict(labels=[7], seed=3)])
+    few = ['--n', 6, '--nfe', 2, '--labels', '1,2']
     for file in ('checkpoint.pt', 'final.pt'):
-        assert torch.equal(one, script.module.sample(script.module.load(script.out / file), 12, seed=3))
-        assert script.run('--sample', script.out / file, '--n', 6, '--nfe', 2, '--labels', '1,2') == 0
+        assert torch.equal(one, sample(script.module.load(script.out / file), 12, seed=3))
+        assert script.run('--sample', script.out / file, *few) == 0
     assert script.run('--sample', script.out, '--n', 18, '--nfe', '1,2') == 0               # strips of 16 and of 2
     names = {path.name for path in script.out.glob('*.png')}
     assert names == {'curves.png', 'sample-1-2-steps.png', 'sample-2-step.png'}
-    assert script.run('--sample', script.out, '--n', 6, '--nfe', 2, '--labels', '1,2', '--precision', 'bf16',
-                      '--out', 'bf16') == 0
+    assert script.run('--sample', script.out, *few, '--precision', 'bf16', '--out', 'bf16') == 0
     assert Path('bf16/sample-2-step.png').read_bytes() != (script.out / 'sample-2-step.png').read_bytes()
     strips = np.asarray(Image.open(script.out / 'sample-1-2-steps.png'))
     assert strips.shape[:2] == (4 * 66 + 2, 16 * 66 + 2)
-    images = [common.to_uint8(script.module.sample(model, 18, nfe)).permute(0, 2, 3, 1).numpy() for nfe in (1, 2)]
+    images = [common.to_uint8(sample(model, 18, nfe)).permute(0, 2, 3, 1).numpy() for nfe in (1, 2)]
     tile = lambda row, column: strips[2 + 66 * row:66 + 66 * row:8, 2 + 66 * column:66 + 66 * column:8]
     for row, column, wanted in [(0, 0, images[0][0]), (0, 15, images[0][15]), (1, 3, images[1][3]), (3, 2, 255),
                                 (2, 1, images[0][17]), (3, 0, images[1][16])]:
@@ -284,19 +297,26 @@ def test_sampling_clips_the_images_at_the_end_alone(script, monkeypatch):
     torch.testing.assert_close(seen[1], 3 + 0.821 * common.randn((2, 3, 8, 8), 3, 1, 'sample'))
 
 
-def test_a_benchmark_accounts_for_the_step_and_leaves_a_run_alone(script, monkeypatch, capsys):
+def test_a_benchmark_accounts_for_the_step_and_leaves_a_run_alone(script, after_step, capsys):
     assert script.train('--steps', 2) == 0
     files = lambda: {path: path.read_bytes() for path in Path().rglob('*') if path.is_file()}
-    before, step = files(), common.Log.step
+    before = files()
     assert script.train('--benchmark', 1) == 0 and files() == before
     out = capsys.readouterr().out
     for part in ('img/s', 'peak memory', '  data  ', '  forward  ', '  backward  ', '  update  ', '  log  '):
         assert part in out
-    share = float(out.split('TFLOP/s a process, ')[1].split('%')[0])
-    assert 0 < share < 110                                      # of the rate of a matrix product in the same run
-    monkeypatch.setattr(common.Log, 'step', lambda self, *args, **values: (
-        step(self, *args, **values), setattr(self, 'stop', True)))              # Ctrl-C
+    assert 0 < float(out.split('TFLOP/s a process, ')[1].split('%')[0]) < 110               # of a matrix product's rate
+    after_step(1, stop)
     assert script.train('--benchmark', 1) == 0 and files() == before
+
+
+@pytest.mark.slow
+def test_a_benchmark_times_compiled_code(script):
+    """Its first step, whose operations are counted, is eager; the others are a graph each for student and teacher."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert script.train('--mults', 1, '--batch', 4, '--pretrain-steps', 0, '--compile', '--benchmark', 1) == 0
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] >= 2
 
 
 # Flags

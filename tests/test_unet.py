@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import common
+import sct
 from common import UserError
 from conftest import ROOT, named_weights
 from unet import EDM2_WIDTHS, EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
@@ -61,6 +62,21 @@ def test_networks_have_the_published_sizes():
     assert size(SongUNet, 32, 3, 3, channel_mult=[1, 2, 2], num_blocks=3, attn_resolutions=[]) == 34_711_811
     sizes = {name: size(EDM2UNet, 64, 3, 3, label_dim=1000, model_channels=n) for name, n in EDM2_WIDTHS.items()}
     assert sizes == {'S': 280_209_253, 'M': 497_803_045, 'L': 777_492_197, 'XL': 1_119_276_709}      # EDM2 Table 2
+
+
+@pytest.mark.slow
+@compiler
+def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
+    """At r = t both see the same image: with equal masks the loss is 0, with a mask of the teacher's own it is not."""
+    net = named_weights(SongUNet(**SMALL | dict(channel_mult=[1], attn_resolutions=[], dropout=0.5)))
+    common.compile_in_place(net)
+    t, x = torch.tensor([0.5, 4.0]), torch.randn(2, 3, 8, 8)
+    loss = lambda: sct.loss(common.network(net, 'fp32'), x_t=x, t=t, x_r=x, r=t, weighting='edm', seed=1)
+    value = loss()
+    value.sum().backward()
+    assert value.max() < 1e-4
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
+    assert loss().min() > 0.1
 
 
 @both
