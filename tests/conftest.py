@@ -11,8 +11,8 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch starts, here and in the processes that tests start: tiny networks are no slower on one thread, and many
 # times faster where the machine has other work, because threads wait for each other after every small operation.
@@ -198,7 +198,7 @@ def spy(monkeypatch):
         def call(*args, **kwargs):
             bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()
-            calls.append(Namespace(**bound.arguments, result=function(*args, **kwargs)))
+            calls.append(SimpleNamespace(**{**bound.arguments, 'result': function(*args, **kwargs)}))
             return calls[-1].result
         monkeypatch.setattr(owner, name, call)
         return calls

@@ -126,14 +126,6 @@ def test_lion_is_its_five_lines():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_when_and_how_the_moving_average_follows(spy):
-    """Every so many steps, from the copy at first; from the diffusion model's average when tuning begins."""
-    updates, decay = spy(common, 'update_ema'), lambda step: 1 - (1 + step) ** (-2 / 3)
-    assert GC.train('--steps', 7, '--ema-every', 3, '--ema', 0.65) == 0
-    assert GC.train('--steps', 5, '--pretrain-steps', 2, '--schedule', 'ect', '--out', 'tuned') == 0
-    close([call.decay for call in updates], [0, decay(3), 0.65, *map(decay, (0, 1, 0, 1, 2))])
-
-
 def test_without_generated_endpoints_gc_is_ict_bit_for_bit(monkeypatch):
     """With Lion, as in the paper's presets: its state is a momentum alone."""
     monkeypatch.setitem(gc_ct.PRESETS, 'shapes', gc_ct.PRESETS['shapes'] | dict(optimizer='Lion', betas=(0.9, 0.99)))
@@ -164,14 +156,14 @@ def test_the_pairs_that_a_run_trains_on(schedule, boundary, mu, spy):
         assert torch.equal(torch.cat([call.chosen for call in couplings[2 * step:2 * step + 2]]), chosen)
 
 
-def test_the_endpoints_are_of_the_average_or_of_the_online_network(spy, monkeypatch):
+def test_the_endpoints_are_of_the_average_or_of_the_online_network(spy, after_step):
     """Online with dropout, which is keyed: the run is the same whatever random numbers were drawn between steps."""
-    nets, asked, rate = spy(common, 'network'), spy(gc_ct, 'generator_coupling'), common.learning_rate
+    asked, inputs = spy(gc_ct, 'generator_coupling'), (torch.randn(8, 3, 8, 8), torch.zeros(8), torch.arange(8))
     for out, endpoint in enumerate(['ema', 'online', 'online']):
-        monkeypatch.setattr(common, 'learning_rate', lambda *inputs: (torch.manual_seed(out), rate(*inputs)))
+        after_step(2, lambda: torch.manual_seed(out))
         assert GC.train('--endpoint', endpoint, '--dropout', 0.5, '--mu', 1, '--lr', 0.01, '--out', out) == 0
-        module, = {call.net for call in nets if call.result is asked[-1].net}
-        assert module.training == (endpoint == 'online')
+        average = common.network(gc_ct.load(str(out)), 'fp32')(*inputs)
+        assert torch.equal(asked[-1].net(*inputs), average) == (endpoint == 'ema')
     assert same(weights('1'), weights('2')) and not same(weights('0'), weights('1'))
 
 
