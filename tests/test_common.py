@@ -89,6 +89,7 @@ def test_bytes_become_floats_and_the_nearest_bytes_again():
     assert common.to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
     for shift in (-0.4, 0.4):                                   # the nearest level: samples are not half a level darker
         assert torch.equal(common.to_uint8((levels[1:-1] + shift) / 127.5 - 1), levels[1:-1])
+    assert common.shrink(torch.tensor([[[[9, 2], [0, 4]]]], dtype=torch.uint8), 1).item() == 4      # of 3.75
 
 
 class CutShort(http.server.BaseHTTPRequestHandler):
