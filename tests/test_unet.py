@@ -14,7 +14,7 @@ import common
 import sct
 from common import UserError
 from conftest import ROOT, named_weights
-from unet import EDM2UNet, MPConv, SongUNet, load_weights, mp_cat, mp_silu, mp_sum, normalize
+from unet import EDM2UNet, SongUNet, load_weights, normalize
 
 SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
 TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
@@ -125,18 +125,8 @@ def test_initial_output_is_tiny_and_weights_are_xavier():
 
 # EDM2
 
-def test_pieces_keep_magnitude():
-    torch.manual_seed(0)
-    x, y = torch.randn(64, 32, 16, 16), torch.randn(64, 8, 16, 16)
-    rms = lambda v, **kwargs: v.square().mean(**kwargs).sqrt()
-    torch.testing.assert_close(rms(normalize(7 * x, dim=1), dim=1), torch.ones(64, 16, 16), rtol=1e-3, atol=0)
-    for value in [mp_silu(x), mp_sum(x, torch.randn_like(x), 0.3), mp_cat(x, y), MPConv(32, 16, 3)(x)[..., 1:-1, 1:-1],
-                  MPConv(32, 16)(x[:, :, 0, 0])]:
-        assert abs(rms(value).item() - 1) < 0.05
-    parts = mp_cat(x, y).square().split([32, 8], dim=1)         # a quarter as many channels, but as much of the result
-    assert abs(parts[0].sum() / parts[1].sum() - 1) < 0.02
-    large = torch.full((1, 4), 40000.0, dtype=torch.float16)            # its norm is beyond float16
-    assert normalize(large, dim=1).tolist() == [[1.0] * 4]
+def test_the_norm_of_numbers_that_are_large_in_float16_is_finite():
+    assert normalize(torch.full((1, 4), 40000.0, dtype=torch.float16), dim=1).tolist() == [[1.0] * 4]
 
 
 def test_weights_are_normalised_in_place_only_for_the_student():
@@ -159,8 +149,6 @@ def test_weights_are_normalised_in_place_only_for_the_student():
         if p.ndim:                                                      # scaling a weight changes nothing
             rms = p.square().flatten(1).mean(1).sqrt()
             torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
-            along = (p.grad * p).flatten(1).sum(1).abs() / p.grad.flatten(1).norm(dim=1) / p.flatten(1).norm(dim=1)
-            assert along.max() < 1e-2, name
 
 
 def test_where_edm2_has_dropout_and_attention():
