@@ -110,8 +110,6 @@ def named_weights(net):
     return net
 
 
-# Small runs of all scripts
-
 SCRIPTS = {     # name: flags that make a run small
     'sct': ['--pretrain-steps', '0', '--ref-size', 'batch'],
     'gc_ct': [],
@@ -186,8 +184,6 @@ def weights(out, name='final.pt'):
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-
-# What the tests of the scripts share
 
 @pytest.fixture
 def spy(monkeypatch):

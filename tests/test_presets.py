@@ -168,7 +168,6 @@ def attention(net):
 
 
 def test_where_attention_is(capsys):
-    """GC's CIFAR-10 and CelebA-64 and VCT's Fashion-MNIST have it at the bottom alone."""
     for script, flags, bottom in [('gc_ct', 'cifar10', '8x8_in0'), ('gc_ct', 'celeba64', '8x8_in0'),
                                   ('vct', 'fmnist', '7x7_in0')]:
         net, _ = networks(script, printed(script, flags, capsys), 3)

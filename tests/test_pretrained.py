@@ -74,8 +74,6 @@ def same(found, net):
     assert all(torch.equal(found[name], p.float()) for name, p in net.state_dict().items())
 
 
-# Published forms and our own
-
 @pytest.mark.parametrize('form', ['edm', 'edm2', 'ect'])
 @pytest.mark.parametrize('writer, half', [('pickle', True), ('pickle protocol 2', False), ('torch.save', True)])
 def test_published_forms(form, writer, half, tmp_path):
@@ -123,8 +121,6 @@ def test_addresses_are_fetched_once_and_checked(tmp_path):
         with pytest.raises(UserError, match='could not be downloaded'):
             load_pretrained(url, tmp_path)
 
-
-# Hostile files
 
 class Calls(tuple):
     """Pickled as a call of its first item with the others."""
@@ -212,8 +208,6 @@ def test_tensors_stay_within_their_storage_and_share_none(writer, tmp_path):
                  (0, (2, 3), (1,)), (0, (2 ** 32, 2 ** 32), (0, 0)), (0.0, (2,), (1,)), (0, None, None)]:
         refused(tmp_path / 'x.pkl', data=build(*args))
 
-
-# Damaged files
 
 def test_damaged_files(tmp_path):
     path = tmp_path / 'x.pkl'

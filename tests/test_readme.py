@@ -81,7 +81,6 @@ def test_the_python_example(runs):
 
 
 def test_scripts_run_when_copied(tmp_path):
-    """With common.py, unet.py and fid.py into an empty folder."""
     for name in ('common', 'unet', 'fid', *SCRIPTS):
         shutil.copy(ROOT / f'{name}.py', tmp_path)
     code = 'import sys, json, common, importlib\nfor name, argv in json.loads(sys.argv[1]):\n' \

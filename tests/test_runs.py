@@ -29,8 +29,6 @@ def steps(out):
     return [line for line in lines(out) if 'loss' in line]
 
 
-# Training
-
 def test_a_run_writes_its_folder(script, capsys):
     assert script.train('--sample-every', 2, '--eval-every', 4, '--fid-num', 10) == 0
     assert {path.name for path in script.out.rglob('*')} == {
@@ -63,7 +61,6 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(script, after_step):
 
 
 def test_a_resumed_run_evaluates_what_it_did_and_may_be_longer(script):
-    """The numbers that decide on best.pt stay comparable."""
     assert script.train('--nfe', '2,1', '--labels', '3', '--eval-every', 2, '--fid-num', 10) == 0
     assert script.run('--resume', '--out', script.out, '--steps', 6) == 0
     assert json.loads((script.out / 'config.json').read_text())['steps'] == 6
@@ -128,7 +125,6 @@ def test_the_teacher_has_the_students_own_weights_and_not_their_average(script, 
 
 
 def test_tuning_continues_from_the_diffusion_models_average_with_a_fresh_optimiser(script, monkeypatch):
-    """A first step of Adam changes every weight by the learning rate, which counts anew."""
     monkeypatch.setattr(script.module, 'ema_decay', lambda *_: 0.9)
     flags = [*TUNING[script.name], '--pretrain-steps', 3, '--lr', 0.01, '--lr-decay', 1, '--save-every', 1]
     for steps, rate in (4, 0.01), (6, 0.01 / 2 ** 0.5):
@@ -154,8 +150,6 @@ def test_divergence_stops_the_run(script, capsys):
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and '20 steps in a row' in error and not (script.out / 'final.pt').exists()
 
-
-# Several processes, signals
 
 ALL_IN_TWO = """
 import json, os, sys
@@ -233,7 +227,6 @@ def endless(name, gpus, data, cwd):
 
 @pytest.mark.parametrize('name, number, gpus', [('sct', 'SIGINT', 2), ('sct', 'SIGTERM', 1)])
 def test_a_signal_ends_the_run(name, number, gpus, few_pictures, tmp_path):
-    """With a checkpoint and the command that resumes, for a process alone and for those that --gpus starts."""
     process = endless(name, gpus, few_pictures, tmp_path)
     os.killpg(process.pid, getattr(signal, number))                             # as a terminal does: to the whole group
     out, error = process.communicate(timeout=60)
@@ -250,8 +243,6 @@ def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, after_
     out, error = capsys.readouterr()
     assert f'python {script.name}.py --resume --out run1' in out and error == 'interrupted\n'
 
-
-# What is done with a run
 
 def test_samples_and_evaluation(script, capsys):
     assert script.train('--ema', 0, '--lr', 0.01) == 0
@@ -300,14 +291,11 @@ def test_a_benchmark_accounts_for_the_step_and_leaves_a_run_alone(script, after_
 
 @pytest.mark.slow
 def test_a_benchmark_times_compiled_code(script):
-    """Its first step, whose operations are counted, is eager; the others are a graph each for student and teacher."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert script.train('--mults', 1, '--batch', 4, '--pretrain-steps', 0, '--compile', '--benchmark', 1) == 0
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] >= 2
 
-
-# Flags
 
 def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
     module, name = script.module, script.name

@@ -42,7 +42,6 @@ def test_posterior_mean_over_all_data_is_exact(t, labelled, monkeypatch):
 
 
 def test_one_reference_and_one_phase_are_ect_bit_for_bit(spy):
-    """What a run of `--ref-size 1` hands to its loss, and the loss, are ECT's."""
     calls = spy(sct, 'loss')
     assert SCT.train('--ref-size', 1, '--steps', 1) == 0
     (call,), (x0, _, eps) = calls, draws(0)
@@ -77,7 +76,6 @@ def test_drawn_references_are_n_of_the_samples_class_and_all_equally_often(n, la
 
 @pytest.mark.parametrize('ref_size, flip', [('batch', True), ('all', True), ('5', True), ('5', False)])
 def test_the_points_that_a_run_trains_on(ref_size, flip, spy):
-    """Of pretraining and tuning: made of the mean of references of the sample's class, mirrored with the images."""
     means, denoised, calls = spy(sct, 'posterior_mean'), spy(sct, 'denoising_loss'), spy(sct, 'loss')
     flags = ['--steps', 3, '--pretrain-steps', 1, '--seed', 3]
     assert SCT.train('--ref-size', ref_size, *flags, *['--flip'] * flip) == 0
@@ -195,7 +193,6 @@ def test_an_earlier_average_is_kept_and_guides(refused):
 
 
 def test_analysis_prints_the_variance_of_target_and_gradient(monkeypatch, capsys):
-    """At two levels, both computed here once more. 256 references are the 20 that each class has."""
     monkeypatch.setattr(sct, 'rho_levels', lambda n, plain=sct.rho_levels: plain(n)[:4] if n == 9 else plain(n))
     assert SCT.train('--resolution', 4, '--mults', 1, '--steps', 1, '--stages', 2, '--save-every', 1) == 0
     table, said = analysed(SCT, capsys)

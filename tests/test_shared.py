@@ -48,13 +48,10 @@ def test_the_loops_of_two_scripts_differ_in_few_lines(a, b, most):
 
 @every
 def test_every_deviation_has_its_place_in_the_code(module):
-    """And what comments and docstrings refer to is in the list."""
     listed = re.findall(r'^ ?\[(\d)\] ', module.__doc__, re.MULTILINE)
     code = inspect.getsource(module).split('"""', 2)[2]
     assert sorted(set(re.findall(r' \[(\d)\]', code))) == listed == [str(i + 1) for i in range(len(listed))]
 
-
-# Equations
 
 @every
 @pytest.mark.parametrize('name', [name for name in ECT.files if name.startswith('r_q')])
@@ -67,7 +64,6 @@ def test_lower_level_is_ects(module, name):
 @pytest.mark.parametrize('c', [0.0, 0.03])
 @pytest.mark.parametrize('stage', [0, 3, 7])
 def test_loss_is_ects(module, c, stage):
-    """All three scripts' losses are, at level 0 as well, which no network is asked for."""
     name = f'loss_c{c}_stage{stage}'
     x0, eps, normal = (torch.from_numpy(ECT[part]) for part in ('x', f'{name}:eps', f'{name}:randn_t'))
     t = module.upper_level(normal, -1.1, 2.0)
@@ -124,7 +120,6 @@ def test_the_weights_of_the_loss(module, weighting):
 
 @every
 def test_denoising_loss(module):
-    """EDM's weight, the labels, and the mask that the seed names."""
     x_t, x0, t, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.5, 30.0]), torch.tensor([1, -2])
     net = lambda x, c_noise, y: toy(x, c_noise) + wide(y) * torch.rand(1)
     for kernel in [{}, dict(kernel='li')] if module is vct else [{}]:
@@ -201,14 +196,11 @@ def test_training_approaches_the_exact_consistency_function(module, settings, nu
         assert (module.f(net, x, t, m=m, **kind) - x / deviation).square().mean().sqrt() < 0.05
 
 
-# What a run trains on
-
 @pytest.mark.parametrize('name, flags', [
     ('sct', '--schedule ect'), ('sct', '--schedule smooth --phases 3 --edges 0.3,2'),
     ('gc_ct', '--schedule ict --s0 4 --s1 16'), ('gc_ct', '--schedule ect'),
     ('vct', '--base ict --s0 4 --s1 16'), ('vct', '--base ecm'), ('vct', '--base ecm --kernel li')])
 def test_the_levels_and_settings_that_a_run_trains_with(name, flags, few_shapes, spy, monkeypatch):
-    """After a step of pretraining; the settings are none of the defaults."""
     script, tunes = Script(name), 'ict' not in flags
     own = dict(q=3.0, k=4.0, b=2.0, P_mean=-0.5, P_std=4.0, c=0.03) | ({} if name == 'gc_ct' else dict(weighting='edm'))
     for key, preset in script.module.PRESETS.items():
@@ -268,7 +260,6 @@ def test_transport_moves_labels_with_their_images(name, few_shapes, spy):
 
 
 def test_labels_reach_every_network(script, spy):
-    """Denoiser, student, teacher, endpoint and encoder in training; whatever samples."""
     calls = spy(unet.SongUNet, 'forward')
     gc = ['--mu', 1] if script.name == 'gc_ct' else []
     assert script.train(*TUNING[script.name], '--steps', 2, '--pretrain-steps', 1, *gc) == 0
@@ -333,7 +324,6 @@ def test_the_published_start_is_for_the_published_network(script, capsys):
 
 
 def test_training_starts_from_the_networks_of_another_run(script, refused):
-    """Of all but the encoder, which starts anew."""
     assert script.train('--steps', 2, '--lr', 0.01) == 0
     init = ['--init', script.out / 'final.pt']
     assert script.train('--steps', 2, '--lr', 0, *init, '--out', 'again') == 0
@@ -346,7 +336,6 @@ def test_training_starts_from_the_networks_of_another_run(script, refused):
 
 @pytest.mark.parametrize('network, layer', [(unet.SongUNet, 'map_layer1'), (unet.EDM2UNet, 'emb_noise')])
 def test_noise_levels_are_float32_in_16_bit_networks(network, layer):
-    """Neighbouring levels t and r differ as they do in float32: their embedding is not rounded to 16 bits."""
     torch.manual_seed(0)
     model, outs = network(8, 3, 3, model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[]).eval(), []
     getattr(model, layer).register_forward_hook(lambda module, x, out: outs.append(out.float()))

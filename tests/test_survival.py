@@ -52,7 +52,6 @@ def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, t
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('victim', ['a copy', 'the launcher'])
 def test_a_dead_process_ends_the_others(victim, few_pictures, tmp_path):
-    """Within seconds, not after a timeout, and with a code and a line that say so."""
     process = endless('sct', 2, few_pictures, tmp_path)
     copies = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
     os.kill(copies[1] if victim == 'a copy' else process.pid, signal.SIGKILL)
@@ -64,8 +63,6 @@ def test_a_dead_process_ends_the_others(victim, few_pictures, tmp_path):
         time.sleep(0.1)
     assert time.monotonic() < end
 
-
-# Cut or full
 
 def test_resuming_before_the_first_checkpoint_starts_over(script, capsys):
     assert script.train('--steps', 2) == 0
@@ -96,7 +93,6 @@ def test_a_cut_checkpoint_falls_back_or_is_refused(script, capsys):
 
 
 def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
-    """The archive's checksums: a flipped bit among the weights is refused."""
     path = tmp_path / 'checkpoint.pt'
     torch.save(dict(config={}, ema=dict(w=torch.arange(1000.0))), path)
     whole, flips = path.read_bytes(), random.Random(0)
@@ -110,7 +106,6 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
 
 
 def test_a_full_disk_ends_the_run_with_a_line_and_it_can_be_resumed(script, after_step, capsys):
-    """Wherever it ends: in a checkpoint, whose predecessor stays whole, or in the log."""
     assert script.train('--save-every', 2, '--mults', 1, '--out', 'whole') == 0
     after_step(2, stop)
     assert script.train('--save-every', 2, '--mults', 1, '--out', 'full') == 0
@@ -126,8 +121,6 @@ def test_a_full_disk_ends_the_run_with_a_line_and_it_can_be_resumed(script, afte
     assert script.run('--resume', '--out', 'full') == 0
     assert lines('whole')[2:] == lines('full')[1:] and same(weights('whole'), weights('full'))
 
-
-# Called wrongly
 
 HOSTILE = ['-1', '0', '1', '2', '7', '0.5', '1e-3', 'nan', 'inf', '-inf', '1e308', str(10 ** 30), str(2 ** 63), 'abc',
            '', ' ', '1,2', '1,2,3,4,5,6,7,8,9', ',', 'None', '../../escape', '/nonexistent/file', '/dev/null', '/',

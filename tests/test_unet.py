@@ -96,8 +96,6 @@ def test_no_class_is_no_label_and_settings_are_kept(network):
     assert (net.img_resolution, net.in_channels, net.label_dim) == (8, 3, 4)
 
 
-# SongUNet
-
 def test_settings_per_resolution():
     net = SongUNet(**TINY | dict(num_blocks=[1, 3], dropout=[0.0, 0.5], attn_resolutions=[], label_dim=0))
     found = {name: (block.dropout, block.attention) for name, block in blocks(net).items()}
@@ -122,8 +120,6 @@ def test_initial_output_is_tiny_and_weights_are_xavier():
                          (net.dec['8x8_in0'].qkv, (0.2 * 6 / (64 + 192)) ** 0.5)]:
         assert abs(layer.weight.abs().max().item() / bound - 1) < 0.01
 
-
-# EDM2
 
 def test_the_norm_of_numbers_that_are_large_in_float16_is_finite():
     assert normalize(torch.full((1, 4), 40000.0, dtype=torch.float16), dim=1).tolist() == [[1.0] * 4]
@@ -175,8 +171,6 @@ def test_edm2_in_low_precision(dtype, tolerance):
     out.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
-
-# Loading
 
 def test_load_weights_names_what_does_not_fit():
     net, given = SongUNet(**SMALL), named_weights(SongUNet(**SMALL)).state_dict()

@@ -81,8 +81,6 @@ def test_sampler_is_the_published_one(kernel, coupling, monkeypatch):
     close(images, GOLDEN[f'{name}:out'])
 
 
-# Runs
-
 @pytest.mark.parametrize('base', ['ict', 'ecm'])
 def test_noise_of_mean_0_and_deviation_1_is_independent_bit_for_bit(base, monkeypatch):
     assert VCT.train('--base', base, '--coupling', 'independent', '--clip', 200, '--out', 'a') == 0
@@ -120,7 +118,6 @@ def test_the_points_and_the_kl_weight_of_a_run(base, kernel, coupling, spy, monk
 
 
 def test_the_kl_weight_of_other_losses(monkeypatch):
-    """With EDM's weighting beta alone; in pretraining one over the numbers of an image, as the loss is a mean."""
     monkeypatch.setitem(vct.PRESETS, ('shapes', 'ecm'), vct.PRESETS['shapes', 'ecm'] | dict(weighting='edm'))
     assert VCT.train('--base', 'ecm', '--beta', 7, '--pretrain-steps', 2) == 0
     for step, line in enumerate(lines(VCT.out)[:4]):
@@ -135,7 +132,6 @@ def first_gradients(out):
 
 
 def test_the_gradient_reaches_the_encoder_and_is_clipped_as_a_whole(monkeypatch):
-    """What --clip is; at 0 it is off. The log has the norm from before. A bad number costs its own part alone."""
     for clip in (0, 1.5):
         assert VCT.train('--steps', 1, '--clip', clip, '--out', clip) == 0
     free, clipped = first_gradients('0'), first_gradients('1.5')
@@ -152,7 +148,6 @@ def test_the_gradient_reaches_the_encoder_and_is_clipped_as_a_whole(monkeypatch)
 
 
 def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
-    """In training, keyed; student and teacher keep the same one. Sampling drops nothing."""
     masks, plain = [], torch.nn.functional.dropout
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -172,7 +167,6 @@ def test_the_encoder_drops_units_by_a_mask_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize('base', ['ict', 'ecm'])
 def test_analysis_prints_means_and_variances_over_the_noise(base, capsys):
-    """Of the pairs of levels at the end of training, computed here once more; its picture has rows of images."""
     flags = ['--base', base, '--resolution', 4, '--mults', 1]
     assert VCT.train(*flags, '--s1', 20, '--stages', 3, '--steps', 2, '--lr', 0.01, '--ema', 0) == 0
     table, (first, *_, name) = analysed(VCT, capsys)
@@ -203,8 +197,6 @@ def test_wrong_flags_of_vct(refused):
     assert VCT.train('--coupling', 'independent', '--steps', 1) == 0
     refused(vct, f'--analyse {VCT.out}', 'no encoder')
 
-
-# Fashion-MNIST
 
 def idx(array):
     shape = b''.join(n.to_bytes(4, 'big') for n in array.shape)
