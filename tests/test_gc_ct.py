@@ -2,7 +2,6 @@
 consistency function is known, and brute force. What is as in the other scripts: test_shared.py."""
 import argparse
 import functools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -67,20 +66,6 @@ def test_repeated_endpoints_that_fill_a_batch_are_not_written(monkeypatch):
     plain = gc_ct.generator_coupling(net, x0, eps, r, None, chosen)
     monkeypatch.setattr(torch.Tensor, 'is_cuda', property(lambda x: True), raising=False)
     assert torch.equal(gc_ct.generator_coupling(net, x0, eps, r, None, chosen), plain) and sizes == [3, 16]
-
-
-def test_generated_pairs_are_nearer_than_independent_ones():
-    """The paper's theorem: for N(0, 1) and the exact endpoint, E|x_hat - eps|² = 2 - 2 sigma / sqrt(1 + sigma²)."""
-    def exact(x_in, c_noise, y=None):       # F of the exact consistency function x / sqrt(1 + t²), with f(x, 0) = x
-        t = wide((4 * c_noise).exp())
-        x = x_in * (0.25 + t ** 2).sqrt()
-        return (x / (1 + t ** 2).sqrt() - 0.25 / (t ** 2 + 0.25) * x) / (0.5 * t / (t ** 2 + 0.25).sqrt())
-    (x0, eps), chosen = torch.randn(2, 100_000, 1, 1, 1), torch.ones(100_000, dtype=torch.bool)
-    for sigma in gc_ct.rho_levels(10)[1:]:
-        x_hat = gc_ct.generator_coupling(exact, x0, eps, torch.full((100_000,), sigma), None, chosen)
-        gc = (x_hat - eps).square().mean().item()               # of independent pairs it is 2
-        assert abs(gc - (2 - 2 * sigma / math.sqrt(1 + sigma ** 2))) < 0.03
-        assert abs(x_hat.square().mean() - 1) < 0.03            # and the endpoints are distributed as the data
 
 
 @pytest.mark.parametrize('schedule, boundary', [('ict', M), ('ect', 0.0)])
