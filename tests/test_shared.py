@@ -34,16 +34,11 @@ def functions(module):
 
 
 @pytest.mark.parametrize('a, b', list(itertools.combinations(MODULES, 2)))
-def test_functions_of_one_name_are_letter_by_letter_the_same(a, b):
+def test_functions_of_one_name_are_letter_by_letter_the_same_and_the_loops_alike(a, b):
     ours, theirs = functions(MODULES[a]), functions(MODULES[b])
     both = (ours.keys() & theirs.keys()) - OF_A_PAPER
     assert len(both) >= 3 and [name for name in both if ours[name] != theirs[name]] == []
-
-
-@pytest.mark.parametrize('a, b, most', [('sct', 'gc_ct', 32), ('gc_ct', 'vct', 30), ('sct', 'vct', 42)])
-def test_the_loops_of_two_scripts_differ_in_few_lines(a, b, most):
-    texts = [inspect.getsource(MODULES[name].train).splitlines() for name in (a, b)]
-    assert sum(line[0] in '+-' for line in difflib.ndiff(*texts)) <= most
+    assert sum(line[0] in '+-' for line in difflib.ndiff(*(of['train'].splitlines() for of in (ours, theirs)))) < 45
 
 
 @every
@@ -290,8 +285,7 @@ def test_every_way_to_train_and_sample(name, flags, few_shapes):
     assert [line['step'] for line in steps] == [1, 2] and any('pixel-FD' in name for name in judged)
     assert all(math.isfinite(value) for line in steps for value in line.values())
     encoder = name == 'vct' and 'independent' not in flags and 'ot' not in flags
-    assert any(key.startswith('encoder.') for key in weights(script.out)) == encoder
-    assert name != 'vct' or all((line['kl'] > 0) == encoder for line in steps)
+    assert any(key.startswith('encoder.') for key in weights(script.out)) == encoder == (steps[0].get('kl', 0) > 0)
     images = script.module.sample(script.module.load(script.out / 'final.pt'), 4, nfe=3)
     assert images.shape == (4, 3, 8, 8) and images.isfinite().all()
 
@@ -301,7 +295,7 @@ def test_every_way_to_train_and_sample(name, flags, few_shapes):
 def test_sampling_goes_down_the_levels_and_adds_noise(name, flags, few_shapes):
     """One step, two with the level of the settings in between, three by rho 7; with an encoder the noise it emits."""
     script = Script(name)
-    assert script.train('--steps', 1, '--lr', 0.01, '--ema', 0, *flags.split()) == 0
+    assert script.train('--steps', 1, '--lr', 1, '--ema', 0, *flags.split()) == 0           # it ends beyond [-1, 1]
     module, model = script.module, script.module.load(script.out)
     net, y, low, high = common.network(model, 'fp32'), torch.arange(12) % 10, 0.002 ** (1 / 7), 80 ** (1 / 7)
     for sigmas in [80], [80, 0.821], [(low + i / 3 * (high - low)) ** 7 for i in (3, 2, 1)]:
@@ -314,7 +308,8 @@ def test_sampling_goes_down_the_levels_and_adds_noise(name, flags, few_shapes):
             x_t = x * (1 - sigma / 80 if 'kernel li' in flags else 1) + sigma * eps
             kind = dict(kernel=model.config['kernel']) if name == 'vct' else {}
             x = module.f(net, x_t, torch.full((12,), float(sigma)), y, 0.002, **kind)
-        torch.testing.assert_close(module.sample(model, 12, len(sigmas), seed=3), x.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module.sample(model, 12, len(sigmas), seed=3), x.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+        assert x.abs().max() > 1
 
 
 def test_the_published_start_is_for_the_published_network(script, capsys):
