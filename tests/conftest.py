@@ -2,14 +2,12 @@
 import functools
 import importlib
 import inspect
-import io
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,16 +68,21 @@ def command(tmp_path):
     return call
 
 
+def picture(path, size=(8, 8), seed=0, mode='RGB'):
+    """Writes a picture of random pixels. -> path"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
 @pytest.fixture(scope='session')
 def few_pictures(tmp_path_factory):
-    """The flags for a zip of 40 pictures: processes that train on it need not draw 10,000 shapes before they begin."""
-    path = tmp_path_factory.mktemp('pictures') / 'pictures.zip'
-    with zipfile.ZipFile(path, 'w') as archive:
-        for i in range(40):
-            file = io.BytesIO()
-            Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(file, 'PNG')
-            archive.writestr(f'{i}.png', file.getvalue())
-    return ['--dataset', 'folder', '--data-dir', str(path)]
+    """The flags for 40 pictures: processes that train on them need not draw 10,000 shapes before they begin."""
+    folder = tmp_path_factory.mktemp('pictures')
+    for i in range(40):
+        picture(folder / f'{i}.png', seed=i)
+    return ['--dataset', 'folder', '--data-dir', str(folder)]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from PIL import Image
 import common
 import sct
 from common import UserError
-from conftest import lines
+from conftest import lines, picture
 
 CPU = torch.device('cpu')
 
@@ -139,13 +139,6 @@ def test_cifar10_downloaded_packed_unpacked_and_damaged(tmp_path, monkeypatch):
             common.cifar10(home)
     (folder / 'data_batch_2.bin').write_bytes([*files.values()][1].tobytes())
     check(folder)
-
-
-def picture(path, size=(8, 8), seed=0, mode='RGB', **save):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path, **save)
-    return path
 
 
 def test_folder_and_zip_with_labels_from_folders(tmp_path):

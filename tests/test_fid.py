@@ -11,6 +11,7 @@ from PIL import Image
 
 import common
 import fid
+from conftest import picture
 
 GOLDEN = np.load(Path(__file__).parent / 'data/fid.npz')
 
@@ -35,20 +36,17 @@ def test_distance_is_scipys(name):
 
 def test_loading_folds_batch_norm_which_changes_nothing_and_names_are_pytorch_fids(tmp_path):
     torch.manual_seed(0)
-    net = fid.InceptionV3().eval()
+    net, x = fid.InceptionV3().eval(), torch.randint(0, 256, (1, 3, 32, 32))
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 2), module.bias.data.normal_()
-    names = set(net.state_dict())
-    assert {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var',
-            'Mixed_7c.branch3x3dbl_3b.conv.weight'} <= names
-    assert len([name for name in names if name.endswith('conv.weight')]) == 94
+    assert len([name for name in net.state_dict() if name.endswith('conv.weight')]) == 94
+    assert net.state_dict().keys() >= {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var',
+                                       'Mixed_7c.branch3x3dbl_3b.conv.weight'}
     torch.save(net.state_dict() | {'fc.weight': torch.zeros(3)}, tmp_path / 'w.pth')            # fc: in theirs, unused
     folded, name = fid.load_inception(tmp_path / 'w.pth')
-    assert name.startswith('FID with other Inception weights (')
+    assert name.startswith('FID with other Inception weights (') and net(x).shape == (1, 2048)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    x = torch.randint(0, 256, (1, 3, 32, 32))
-    assert net(x).shape == (1, 2048)
     torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
 
 
@@ -72,10 +70,7 @@ def test_fid_of_cifar10s_own_pictures(real, command):
 
 
 def pictures(folder, seed=0):
-    folder.mkdir(parents=True)
-    for i, x in enumerate(np.random.RandomState(seed).randint(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
-        Image.fromarray(x).save(folder / f'{i:03}.png')
-    return folder
+    return [picture(folder / f'{i:02}.png', seed=100 * seed + i) for i in range(12)][0].parent
 
 
 def test_command_on_folders_zips_and_statistics(tmp_path, capsys):
@@ -122,20 +117,19 @@ def random_images(n):
 
 
 def test_only_the_real_thing_is_called_fid_50k(monkeypatch, tmp_path):
-    data = argparse.Namespace(images=random_images(2000), home=None)
-    np.savez(tmp_path / 's.npz', mu=np.zeros(48), sigma=np.eye(48), n=50_000)
-
-    def name(kind='FID', **flags):
+    data, path = argparse.Namespace(images=random_images(2000), home=None), str(tmp_path / 's.npz')
+    np.savez(path, mu=np.zeros(48), sigma=np.eye(48), n=50_000)
+    plain = dict(evaluate='run', data_dir='data', inception=None, fid_features='inception', fid_num=50_000,
+                 fid_ref=None, labels=None)
+    for kind, flags, name in [
+            ('FID', {}, 'FID-50k'),
+            ('FID', dict(fid_num=2_000), 'FID (2,000 images against the 2,000 training images)'),
+            ('FID', dict(fid_ref=path), f'FID (50,000 images against {path})'),
+            ('FID', dict(labels=[1]), 'FID (50,000 images against the 2,000 training images; classes [1] only)'),
+            ('Other', {}, 'Other (50,000 images against the 2,000 training images)'),
+            ('FID', dict(fid_features='pixels'), 'pixel-FD (50,000 images against the 2,000 training images)')]:
         monkeypatch.setattr(fid, 'load_inception', lambda *_: (fid.pixel_features, kind))
-        args = dict(evaluate='run', data_dir='data', inception=None, fid_features='inception', fid_num=50_000,
-                    fid_ref=None, labels=None)
-        return fid.prepare(argparse.Namespace(**args | flags), 'cpu', data)[1]
-    assert name() == 'FID-50k'
-    assert name(fid_num=2_000) == 'FID (2,000 images against the 2,000 training images)'
-    assert name(fid_ref=str(tmp_path / 's.npz')) == f'FID (50,000 images against {tmp_path / "s.npz"})'
-    assert name(labels=[1]) == 'FID (50,000 images against the 2,000 training images; classes [1] only)'
-    assert name('FID with other Inception weights').startswith('FID with other Inception weights (50,000 images')
-    assert name(fid_features='pixels') == 'pixel-FD (50,000 images against the 2,000 training images)'
+        assert fid.prepare(argparse.Namespace(**plain | flags), 'cpu', data)[1] == name
 
 
 def test_reference_statistics_are_numpys_and_kept_under_a_name_of_the_data(tmp_path):

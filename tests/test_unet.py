@@ -78,15 +78,6 @@ def test_the_seed_names_the_dropout_mask(network):
     assert (outs[0] - outs[2]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize('bad', [dict(encoder_type='x'), dict(decoder_type='skip'), dict(embedding_type='x'),
-                                 dict(num_blocks=[1, 2, 3]), dict(img_resolution=15), dict(dropout=[0.1])])
-def test_wrong_settings_are_named(bad):
-    name, = bad
-    for network in [SongUNet] if 'type' in name else [SongUNet, EDM2UNet]:
-        with pytest.raises(ValueError, match=name):
-            network(**TINY | bad)
-
-
 @both
 def test_no_class_is_no_label_and_settings_are_kept(network):
     net, (x, t, y) = named_weights(network(**TINY)).eval(), inputs()
@@ -104,12 +95,6 @@ def test_settings_per_resolution():
                                                       ('dec', '4x4', 4)] for i in range(n)}
     assert found == {name: (0.5 * ('4x4' in name), name == 'dec.4x4_in0') for name in found}
     assert net(torch.randn(2, 3, 8, 8), torch.zeros(2)).shape == (2, 3, 8, 8)
-
-
-def test_augment_labels_enter_without_bias():
-    net, (x, t, _) = named_weights(SongUNet(**SMALL | dict(augment_dim=9))).eval(), inputs()
-    torch.testing.assert_close(net(x, t), net(x, t, augment_labels=torch.zeros(2, 9)))
-    assert (net(x, t) - net(x, t, augment_labels=torch.ones(2, 9))).abs().max() > 1e-3
 
 
 def test_initial_output_is_tiny_and_weights_are_xavier():

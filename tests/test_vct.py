@@ -64,13 +64,6 @@ def test_losses_are_the_published_ones(name):
     close(kl.mean(), GOLDEN[f'{name}:kl_divergence'] if coupling == 'vae' else 0, atol=0)
 
 
-def test_number_of_levels_and_the_levels_themselves():
-    close([vct.num_levels(int(k), 400_000) for k in GOLDEN['ict:steps']], GOLDEN['ict:num_timesteps'])
-    close(vct.rho_levels(10), GOLDEN['ict:sigmas_11'], atol=0)
-    sigmas = vct.rho_levels(1280)
-    close(sigmas[:4] + sigmas[-4:], GOLDEN['ict:sigmas_1281_head_tail'], atol=0)
-
-
 @pytest.mark.parametrize('kernel', ['ve', 'li'])
 @pytest.mark.parametrize('coupling', ['independent', 'vae'])
 def test_sampler_is_the_published_one(kernel, coupling, monkeypatch):
