@@ -222,6 +222,15 @@ def test_data_that_cannot_be_used_are_named(tmp_path, words, fault, root, settin
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.assets
+@pytest.mark.parametrize('name, read, size, first', [('cifar-10-batches-bin', common.cifar10, 50_000, [6, 9, 9, 4, 1]),
+                                                     ('fashion-mnist', common.fmnist, 60_000, [9, 0, 0, 3, 0])])
+def test_real_data_sets(name, read, size, first, real):
+    data = read(real(name).parent)
+    assert len(data.images) == size and data.labels.bincount().tolist() == [size // 10] * 10
+    assert data.labels[:5].tolist() == first and 60 < data.images[:1000].float().mean() < 130
+
+
 @contextlib.contextmanager
 def room(size):
     """No file may grow beyond `size` bytes: as on a disk that is nearly full."""
@@ -262,16 +271,6 @@ def test_the_log_has_every_step_once_and_averages_nothing_away(tmp_path):
     for step in range(1, 8):
         log.step(step, loss=torch.tensor(step / 2), grad_norm=torch.tensor(1.0))
     assert lines(tmp_path) == [{'step': step, 'loss': step / 2, 'grad_norm': 1.0} for step in range(1, 8)]
-
-
-def test_curves_have_their_pixels(tmp_path):
-    rows = [{'step': i, 'loss': 10 / i, 'x': 'nan'} for i in range(1, 500)]
-    (tmp_path / 'm.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + '{"step": 50')
-    common.save_curves(tmp_path / 'm.jsonl', tmp_path / 'curves.png')
-    curve = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
-    blue = np.argwhere(curve[:, :, 2] - curve[:, :, 0] > 100)
-    first, last = blue[blue[:, 1] < 90][:, 0].mean(), blue[blue[:, 1] > 680][:, 0].mean()
-    assert first < last - 80                                                    # it falls, over most of the panel
 
 
 def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys):

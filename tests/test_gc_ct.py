@@ -50,15 +50,6 @@ def test_endpoints_and_losses_are_the_published_ones(step):
     close(value * (t - r), GOLDEN[f'{step}:distance'], rtol=2e-4)
 
 
-def test_generated_endpoints_at_level_zero_are_the_images():
-    """ECT's r = 0, where the network is not defined: no NaN either. No gradient passes an endpoint."""
-    x0, eps, r = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.0, 0.5, 0.0])
-    scale = torch.ones((), requires_grad=True)
-    x_hat = gc_ct.generator_coupling(lambda *inputs: scale * toy(*inputs), x0, eps, r, None, torch.tensor([True] * 3))
-    assert torch.equal(x_hat[[0, 2]], x0[[0, 2]]) and x_hat.isfinite().all() and not torch.equal(x_hat[1], x0[1])
-    assert not x_hat.requires_grad
-
-
 def test_repeated_endpoints_that_fill_a_batch_are_not_written(monkeypatch):
     x0, eps, r = torch.randn(20, 1, 2, 2), torch.randn(20, 1, 2, 2), torch.rand(20)
     chosen, sizes = torch.arange(20) % 7 == 2, []                               # 3 of them
@@ -114,9 +105,8 @@ def test_without_generated_endpoints_gc_is_ict_bit_for_bit():
 @pytest.mark.parametrize('schedule, boundary', [('ict', M), ('ect', 0.0)])
 @pytest.mark.parametrize('mu', [0.4, 1.0])
 def test_the_pairs_that_a_run_trains_on(schedule, boundary, mu, spy):
-    calls, couplings = spy(gc_ct, 'loss'), spy(gc_ct, 'generator_coupling')
-    flags = ['--batch', 64, '--mu', mu, '--schedule', schedule, '--lr', 0, '--pretrain-steps', 0]
-    assert GC.train(*flags, '--steps', 3, '--microbatch', 48) == 0
+    calls, flags = spy(gc_ct, 'loss'), f'--mu {mu} --schedule {schedule} --lr 0 --pretrain-steps 0 --steps 3'.split()
+    assert GC.train(*flags, '--batch', 64, '--microbatch', 48) == 0
     net = common.network(gc_ct.load(GC.out), 'fp32')
     for step in range(3):
         x0, y, eps = draws(step, 64)
@@ -128,7 +118,7 @@ def test_the_pairs_that_a_run_trains_on(schedule, boundary, mu, spy):
         x_hat = torch.where(wide(chosen), ends, x0)
         torch.testing.assert_close(x_t, x_hat + wide(t) * eps, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(x_r, x_hat + wide(r) * eps, rtol=1e-4, atol=1e-4)
-        assert torch.equal(torch.cat([call.chosen for call in couplings[2 * step:2 * step + 2]]), chosen)
+        assert not x_t.requires_grad and (schedule == 'ict' or step or (r == 0).any())
 
 
 def test_the_endpoints_are_of_the_average_or_of_the_online_network(spy, after_step):
@@ -147,4 +137,3 @@ def test_wrong_flags_of_gc(refused):
     assert GC.run('--q', 2, '--dry-run') == GC.train('--steps', 1) == 0     # of no use with iCT's levels, and no harm
     refused(gc_ct, '--blocks 1,2 --out x', '[1, 2]')
     refused(gc_ct, '--resume --mu 0.7', '--mu is 0.7', 'made with 0.3')
-    refused(gc_ct, '--resume --coupling ic', '--coupling is ic')

@@ -87,16 +87,6 @@ def test_no_class_is_no_label_and_settings_are_kept(network):
     assert (net.img_resolution, net.in_channels, net.label_dim) == (8, 3, 4)
 
 
-def test_settings_per_resolution():
-    net = SongUNet(**TINY | dict(num_blocks=[1, 3], dropout=[0.0, 0.5], attn_resolutions=[], label_dim=0))
-    found = {name: (block.dropout, block.attention) for name, block in blocks(net).items()}
-    assert {name for name in found if '_block' in name} == {
-        f'{part}.{res}_block{i}' for part, res, n in [('enc', '8x8', 1), ('enc', '4x4', 3), ('dec', '8x8', 2),
-                                                      ('dec', '4x4', 4)] for i in range(n)}
-    assert found == {name: (0.5 * ('4x4' in name), name == 'dec.4x4_in0') for name in found}
-    assert net(torch.randn(2, 3, 8, 8), torch.zeros(2)).shape == (2, 3, 8, 8)
-
-
 def test_initial_output_is_tiny_and_weights_are_xavier():
     torch.manual_seed(0)
     net = SongUNet(16, 3, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1).eval()
@@ -130,14 +120,6 @@ def test_weights_are_normalised_in_place_only_for_the_student():
         if p.ndim:                                                      # scaling a weight changes nothing
             rms = p.square().flatten(1).mean(1).sqrt()
             torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
-
-
-def test_where_edm2_has_dropout_and_attention():
-    found = blocks(EDM2UNet(**TINY | dict(dropout=0.5, dropout_res=4), channels_per_head=8))
-    assert {name: block.dropout for name, block in found.items()} == {name: 0.5 * ('4x4' in name) for name in found}
-    assert {name: block.heads for name, block in found.items() if block.heads} == dict.fromkeys(
-        ['enc.4x4_block0', 'dec.4x4_in0', 'dec.4x4_block0', 'dec.4x4_block1'], 4)
-    assert {block.dropout for block in blocks(EDM2UNet(**TINY | dict(dropout=0.5))).values()} == {0.5}
 
 
 @pytest.mark.parametrize('width', [8, 40, 56])
