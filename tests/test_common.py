@@ -51,15 +51,6 @@ def test_every_epoch_is_a_permutation(n, batch):
     assert not torch.equal(common.batch_indices(n, n, 0, seed=5), common.batch_indices(n, n, 0, seed=6))
 
 
-def test_gradients_that_are_not_finite_become_zero_and_show_in_the_norm():
-    p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
-    p[0].grad, p[1].grad = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.0, 12.0])
-    assert common.finish_gradients(p, 'fp32') == 13
-    p[0].grad, p[1].grad = torch.tensor([1.0, torch.nan, 2.0]) * 1024, torch.tensor([torch.inf, 1024.0])
-    assert not common.finish_gradients(p, 'fp16').isfinite()
-    assert p[0].grad.tolist() == [1, 0, 2] and p[1].grad.tolist() == [0, 1]
-
-
 def test_microbatches_cover_the_processes_part_of_the_batch_with_masks_of_their_own(monkeypatch):
     def parts(size, step):
         found = list(common.microbatches(None, Namespace(batch=8, microbatch=size, seed=0), step))

@@ -112,6 +112,12 @@ def test_microbatches_equal_the_whole_batch(script):
         np.testing.assert_allclose(a, b, rtol=rtol)
 
 
+def test_gradients_in_16_bits_are_those_in_32(script):
+    for precision in ('fp32', 'bf16', 'fp16'):
+        assert script.train('--precision', precision, '--steps', 1, '--out', precision) == 0
+    np.testing.assert_allclose([lines(out)[0]['grad_norm'] for out in ('bf16', 'fp16')], lines('fp32')[0]['grad_norm'], 0.1)
+
+
 def test_the_teacher_has_the_students_own_weights_and_not_their_average(script, spy):
     calls = spy(script.module, 'loss')
     assert script.train('--lr', 0.01) == 0
