@@ -10,7 +10,6 @@ import threading
 import zipfile
 import zlib
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -206,8 +206,8 @@ def test_two_processes_equal_one(name, flags, two, few_shapes, monkeypatch):
         torch.testing.assert_close(one[key], both[key], rtol=1e-3, atol=2e-3 if name == 'gc_ct' else 1e-3)
 
 
-def test_an_error_of_all_processes_is_one_line_and_their_exit_code(command):
-    flags = [*Script('sct').small, '--resolution', 10, '--mults', '1,1,1']
+def test_an_error_of_all_processes_is_one_line_and_their_exit_code(few_pictures, command):
+    flags = [*few_pictures, *Script('sct').small, '--resolution', 10, '--mults', '1,1,1']
     done = command('sct.py', *flags, '--gpus', 2, '--device', 'cpu', '--out', 'x')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and '--arch' in done.stderr, done.stderr
 
