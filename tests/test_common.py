@@ -149,14 +149,14 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
 
 
 def test_labels_from_edms_dataset_json(tmp_path):
-    table = {'labels': [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]}
-    for name, _ in table['labels']:
+    labels = [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]
+    for name, _ in labels:
         picture(tmp_path / name)
-    write = lambda *_: (tmp_path / 'dataset.json').write_text(json.dumps(table))
-    args = flags(data_dir=tmp_path, cond=bool(write()))
+    args = flags(data_dir=tmp_path, cond=True)
+    (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels}))
     assert common.load_data(args, CPU).labels.tolist() == [5, 0, 2]
     assert (args.resolution, args.in_channels, args.label_dim) == (8, 3, 6)
-    write(table['labels'].pop())
+    (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels[:2]}))
     with pytest.raises(UserError, match='dataset.json'):
         common.load_data(args, CPU)
 

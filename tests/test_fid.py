@@ -70,7 +70,9 @@ def test_fid_of_cifar10s_own_pictures(real, command):
 
 
 def pictures(folder, seed=0):
-    return [picture(folder / f'{i:02}.png', seed=100 * seed + i) for i in range(12)][0].parent
+    for i in range(12):
+        picture(folder / f'{i:02}.png', seed=100 * seed + i)
+    return folder
 
 
 def test_command_on_folders_zips_and_statistics(tmp_path, capsys):

@@ -271,7 +271,8 @@ def test_deep_files_and_a_thousand_mutations_run_nothing_and_crash_nothing(tmp_p
     for i in range(1000):
         mutant = bytearray(seeds[i % 4])
         for _ in range(rng.choice([1, 1, 1, 2, 10])):
-            at, start, word, other = *(rng.randrange(len(mutant)) for _ in 'ab'), rng.choice(words), rng.choice(seeds)
+            at, start = rng.randrange(len(mutant)), rng.randrange(len(mutant))
+            word, other = rng.choice(words), rng.choice(seeds)
             new, old = rng.choice([(bytes([rng.randrange(256)]), 1), (b'', rng.randrange(20)), (word, 0),
                                    (word, len(word)), (other[start:start + rng.randrange(200)], 0)])
             mutant[at:at + old] = new

@@ -36,7 +36,6 @@ def commands():
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A small run of each script, in the folder that its default run has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp('runs'))
         draw = common.shapes

@@ -28,7 +28,6 @@ OF_A_PAPER = set('''f loss loss_settings level_pairs denoising_loss upper_level 
 
 
 def functions(module):
-    """{name: its text, but for the numbers of deviations}"""
     return {name: re.sub(r' +\[\d+\]', '', inspect.getsource(value)) for name, value in vars(module).items()
             if inspect.isroutine(inspect.unwrap(value)) and inspect.getmodule(inspect.unwrap(value)) is module}
 

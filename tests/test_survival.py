@@ -77,13 +77,12 @@ def test_a_damaged_checkpoint_falls_back_or_is_refused(script, capsys):
     assert script.train('--save-every', 2, '--mults', 1) == 0                   # few tensors: they are read many times
     path, chance = script.out / 'checkpoint.pt', random.Random(0)
     whole, states = path.read_bytes(), [weights(script.out, name)['ema'] for name in ('previous.pt', 'checkpoint.pt')]
-    cuts, flipped = [whole[:chance.randrange(len(whole))] for _ in range(10)], bytearray(whole)
-    for content in [*cuts, *(None for _ in range(20))]:
-        flipped[:] = whole
-        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-        path.write_bytes(content or flipped)
+    cuts = [whole[:chance.randrange(len(whole))] for _ in range(10)]
+    flips = [[chance.randrange(len(whole)), 1 << chance.randrange(8)] for _ in range(20)]
+    for content in [*cuts, *(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:] for at, bit in flips)]:
+        path.write_bytes(content)
         found = common.load_checkpoint(script.out)
-        assert same(found['ema'], states[found['step'] == 4]) and (content is None or found['step'] == 2)
+        assert same(found['ema'], states[found['step'] == 4]) and (content not in cuts or found['step'] == 2)
     path.write_bytes(cuts[0])
     assert script.run('--resume', '--out', script.out) == 0                     # from step 2
     assert 'going back to previous.pt' in capsys.readouterr().out
