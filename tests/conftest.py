@@ -125,8 +125,6 @@ all_shapes = functools.cache(common.shapes)              # what a command draws;
 
 
 class Script:
-    """One of the scripts, with small runs of it."""
-
     def __init__(self, name):
         self.name, self.module, self.small = name, importlib.import_module(name), [*SMALL, *SCRIPTS[name]]
         self.out = Path(f'runs/{name}-shapes')
@@ -209,7 +207,6 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 
 
 def wide(t):
-    """Levels (B,) to go with images: (B, 1, 1, 1)."""
     return t[:, None, None, None]
 
 

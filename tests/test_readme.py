@@ -46,7 +46,6 @@ def runs(tmp_path_factory):
 
 
 def test_each_command_is_understood(runs, monkeypatch, capsys):
-    """With --dry-run; a run that a command uses and that is not there is a small one instead."""
     assert {call[0] for call in commands()} >= {'sct.py', 'gc_ct.py', 'vct.py', 'fid.py'} and ['sct.py'] in commands()
     for script, *flags in commands():
         name = script.removesuffix('.py')

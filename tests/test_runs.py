@@ -212,13 +212,20 @@ def test_an_error_of_all_processes_is_one_line_and_their_exit_code(few_pictures,
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and '--arch' in done.stderr, done.stderr
 
 
+def test_the_first_copy_that_fails_ends_the_others(signals, tmp_path, monkeypatch):
+    (tmp_path / 'sct.py').write_text('import os, sys, time\ntime.sleep(60 * (os.environ["RANK"] == "0")), sys.exit(3)')
+    monkeypatch.setattr(common, '__file__', str(tmp_path / 'common.py'))        # beside which the script is
+    begin = time.monotonic()
+    assert Script('sct').train('--gpus', 2, '--device', 'cpu', '--out', tmp_path / 'x') == 3
+    assert time.monotonic() - begin < 30
+
+
 def start(name, cwd, *flags):
     return subprocess.Popen([sys.executable, str(ROOT / f'{name}.py'), *map(str, flags)], cwd=cwd, text=True,
                             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def endless(name, gpus, data, cwd):
-    """A process that trains until it is stopped, after its first steps."""
     process, metrics = start(name, cwd, *data, *Script(name).small, '--steps', 100_000, '--device', 'cpu', '--gpus',
                              gpus, '--out', 'run'), cwd / 'run/metrics.jsonl'
     while not (metrics.exists() and metrics.read_text().count('\n') > 2):

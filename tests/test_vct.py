@@ -153,7 +153,6 @@ def test_analysis_prints_means_and_variances_over_the_noise(base, capsys):
     table, (first, *_, name) = analysed(VCT, capsys)
     assert table.shape == (9, 5) and (np.diff(table[:, 0]) > 0).all() and table[-1, 0] == 80
     assert Image.open(name).size == (8 * 66 + 2, 4 * 66 + 2)
-
     model, data, index = vct.load(VCT.out), all_shapes(200, 4), common.batch_indices(200, 64, 0, 0)
     x0, y, args = common.normalise(data.images[index]), data.labels[index], argparse.Namespace(**model.config)
     net, encoder = common.network(model, 'fp32'), common.network(model.encoder, 'fp32')
