@@ -166,6 +166,12 @@ def learning_rate(optimizer, step, lr, decay_steps=None):
         group['lr'] = lr / math.sqrt(max(step / decay_steps, 1)) if decay_steps else lr
 
 
+def power_function_decay(step, width):
+    """Decay after a step, counted from 0, of an average that keeps a relative width, a standard deviation (EDM2 App. C)."""
+    gamma = np.roots([1, 7, 16 - width ** -2, 12 - width ** -2]).real.max()
+    return (1 - 1 / (step + 1)) ** (gamma + 1)
+
+
 @torch.no_grad()
 def update_ema(ema, net, decay):
     """ema = decay * ema + (1 - decay) * net, over all parameters in a few calls."""
@@ -333,7 +339,10 @@ def image_folder(root, resolution=None):
 
     def load(name):
         with or_refuse(f'{root}: {name} cannot be read'):
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(read(name)))).convert('RGB')
+            image = Image.open(io.BytesIO(read(name)))
+            if image.mode.startswith('I'):                                          # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            image = ImageOps.exif_transpose(image).convert('RGB')
             w, h = image.size
             if resolution:
                 s = min(w, h)
@@ -397,7 +406,8 @@ class Clock:
 
     def steps(self, start):
         """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
-        n, cuda, begin = self.args.benchmark, self.device.type == 'cuda', time.perf_counter()
+        n, batch, precision = self.args.benchmark, self.args.batch, self.args.precision
+        cuda, begin = self.device.type == 'cuda', time.perf_counter()
         if not n:
             yield from range(start, self.args.steps)
             return
@@ -413,18 +423,17 @@ class Clock:
             self('update')
         seconds = sum(self.parts.values()) / n
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        print0(f'{self.args.batch / seconds:,.1f} img/s, {seconds:.3f} s a step, peak memory {memory / 2 ** 30:.2f} GiB')
+        print0(f'{batch / seconds:,.1f} img/s, {seconds:.3f} s a step, peak memory {memory / 2 ** 30:.2f} GiB')
         for part, spent in self.parts.items():
             print0(f'  {part:<16} {spent / n:9.4f} s  {spent / n / seconds:6.1%}')
         size = 8192 if cuda else 2048
-        a = torch.randn(size, size, device=self.device, dtype=DTYPES[self.args.precision])
+        a = torch.randn(size, size, device=self.device, dtype=DTYPES[precision])
         for part in 'warm-up', 'product':
             for _ in range(10):
                 a @ a
             self(part)
         rate, best = counter.get_total_flops() / seconds / 1e12, 2e-11 * size ** 3 / self.parts['product']
-        print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in '
-               f'{self.args.precision}')
+        print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in {precision}')
 
 
 class Log:
@@ -438,11 +447,16 @@ class Log:
         self.signal, self.stop = False, False
         self.begin, self.shown = time.monotonic(), 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, 'signal', True))
+            signal.signal(number, self._on_signal)
         if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith(b'\n') and json.loads(line)['step'] <= start]
             write_atomic(self.path, lambda file: file.writelines(kept))             # the rest is done again
+
+    def _on_signal(self, *_):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = True
 
     def due(self, step, every):
         """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
@@ -559,6 +573,8 @@ def load_checkpoint(path):
     for candidate in found:
         try:
             with or_refuse(f'{candidate} cannot be read as a checkpoint'):
+                with zipfile.ZipFile(candidate) as archive:             # torch.load does not look at the checksums
+                    assert archive.testzip() is None, 'it is damaged'
                 state = torch.load(candidate, map_location='cpu', weights_only=True)        # no file can run code
                 if 'config' not in state:
                     state = dict(ema=state, config=json.loads((candidate.parent / 'config.json').read_text()))
@@ -612,7 +628,7 @@ def save_grid(images, path, columns=None):
 
 
 def use_run(args, device, load, sample, analyse):
-    """--sample (a grid; of several --nfe, a row each), --evaluate or --analyse, by a script's functions."""
+    """--sample (a grid; of several --nfe, a row of 16 each), --evaluate or --analyse, by a script's functions."""
     import fid                                                  # which imports this file
     model = load(args.use, device)
     model.config['precision'] = args.precision
@@ -623,9 +639,9 @@ def use_run(args, device, load, sample, analyse):
     elif args.evaluate:
         fid.evaluate(fid.prepare(args, device), args, sample_fn)
     else:
-        images = torch.cat([sample_fn(args.n, nfe, seed=args.seed) for nfe in args.nfe])
+        n, columns = (args.n, None) if len(args.nfe) == 1 else (min(args.n, 16), min(args.n, 16))
         path = Path(args.out) / f'sample-{"-".join(map(str, args.nfe))}-steps.png'
-        save_grid(images, path, args.n if len(args.nfe) > 1 else None)
+        save_grid(torch.cat([sample_fn(n, nfe, seed=args.seed) for nfe in args.nfe]), path, columns)
         print0(f'written: {path}')
 
 
@@ -699,9 +715,9 @@ def start(args):
     env = os.environ
     if 'RANK' not in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
-        first = re.match(r'[^,[]+(\[\d+)?', env.get('SLURM_STEP_NODELIST', '127.0.0.1'))[0].replace('[', '')     # n[1-4]: n1
-        env.setdefault('MASTER_ADDR', first)
-        env.setdefault('MASTER_PORT', str(20_000 + int(env.get('SLURM_JOB_ID', 0)) % 20_000))      # two jobs on a machine
+        first = re.match(r'[^,[]+(\[\d+)?', env.get('SLURM_STEP_NODELIST', '127.0.0.1'))[0]        # of n[1-4],m2: n[1
+        env.setdefault('MASTER_ADDR', first.replace('[', ''))
+        env.setdefault('MASTER_PORT', str(20_000 + int(env.get('SLURM_JOB_ID', 0)) % 20_000))     # jobs share machines
     gpus = torch.cuda.device_count() if args.device != 'cpu' else 0
     launches = 'RANK' not in env and args.gpus > 1
     processes = args.gpus if launches else world_size()

@@ -286,7 +286,7 @@ def train(args):
     common.compile_in_place(args, net, ema)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
-    endpoint = common.network(ema if args.endpoint == 'ema' else net, args.precision, cached=False)    # of no gradient
+    endpoint = common.network(ema if args.endpoint == 'ema' else net, args.precision, cached=False)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 

@@ -38,7 +38,6 @@ import functools
 import random
 import sys
 
-import numpy as np
 import torch
 
 import common
@@ -152,18 +151,15 @@ def posterior_mean(x_t, t, refs, allowed=None):
         return (logits.softmax(1) @ x0).view_as(x_t)
 
 
-CHUNK = 2 ** 23         # how many numbers of the data are float32 at a time: 32 MiB; on a GPU 16 times as many
-
-
-def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
+def posterior_mean_of_all(x_t, t, own, data, members, flip=False, chunk=2 ** 23):
     """`posterior_mean` over all training images of a sample's class, mirrored ones too if `flip`. -> like x_t
 
-    own (B,): the samples' indices in data; members: `class_members`. Added up piece by piece (as in flash attention).
+    own (B,): the samples' indices in data; members: `class_members`. Added up by `chunk` numbers, on a GPU 16 times that.
     """
     x, t, classes = x_t.flatten(1), t[:, None], data.labels[own]                            # (B, D), (B, 1), (B,)
     labels = classes.to(x.device, non_blocking=True)[:, None]
     top, total, mean = torch.full_like(t, -1e30), torch.zeros_like(t), torch.zeros_like(x)
-    size = max(1, CHUNK * (16 if x.is_cuda else 1) // x[0].numel())
+    size = max(1, chunk * (16 if x.is_cuda else 1) // x[0].numel())
     for part in torch.cat([members[c] for c in classes.unique()]).split(size):
         images, of_images = data.at(part, x.device)
         allowed = labels == of_images                                                       # (B, n)
@@ -179,9 +175,12 @@ def posterior_mean_of_all(x_t, t, own, data, members, flip=False):
     return (mean / total).view_as(x_t)
 
 
-def class_members(data):
+def class_members(data, ref_size='all'):
     """The indices of each class's images, of all if there are no labels; made once. -> tuple of (n,) int64"""
-    return data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
+    members = data.labels.argsort(stable=True).split(data.labels.bincount().tolist())
+    if ref_size.isdigit() and int(ref_size) > min(len(part) for part in members if len(part)):
+        common.print0(f'--ref-size {ref_size}: some class has fewer images, which are all used')
+    return members
 
 
 def draw_references(n, own, data, members, *key):
@@ -299,8 +298,7 @@ def ema_decay(args, step):
         return min(args.ema, 0.5 ** (20 / (step + 1)))
     if args.ema_std is None:
         return args.ema
-    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()               # EDM2 App. C
-    return (1 - 1 / (step - args.pretrain_steps + 1)) ** (gamma + 1)
+    return common.power_function_decay(step - args.pretrain_steps, args.ema_std)
 
 
 def train(args):
@@ -316,7 +314,7 @@ def train(args):
     common.compile_in_place(args, net, ema)
     wrapped = common.distributed(net, args)
     student, teacher = (common.network(one, args.precision) for one in (wrapped, net))
-    members = class_members(data)
+    members = class_members(data, args.ref_size)
     clock, log, mine = common.Clock(args, device), common.Log(args, start, device), common.rank_slice(args.batch)
     settings = loss_settings(args)
 

@@ -76,7 +76,7 @@ class Conv2d(nn.Module):
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """GroupNorm of n groups, in float32, that keeps channels_last: CUDA's ends NCHW, which each convolution converts."""
+    """GroupNorm of n groups, in float32, that keeps channels_last; CUDA's ends NCHW, which all convolutions convert."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, n, eps):

@@ -44,7 +44,6 @@ import functools
 import math
 import sys
 
-import numpy as np
 import torch
 
 import common
@@ -307,8 +306,7 @@ def ema_decay(args, step):
         return min(args.ema, 0.5 ** (20 / (step + 1)))
     if args.ema_std is None:
         return args.ema
-    gamma = np.roots([1, 7, 16 - args.ema_std ** -2, 12 - args.ema_std ** -2]).real.max()               # EDM2 App. C
-    return (1 - 1 / (step - args.pretrain_steps + 1)) ** (gamma + 1)
+    return common.power_function_decay(step - args.pretrain_steps, args.ema_std)
 
 
 def train(args):

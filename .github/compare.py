@@ -46,7 +46,8 @@ def spread(values):
 
 def table(data):
     """Distances at the end, and what they are more than the base's of the same seed: mean and deviation over seeds."""
-    print(f'\n{data}\n\n| | one step | two steps | one step, less the base | two steps | seeds | s a step |\n' + '|---' * 7 + '|')
+    print(f'\n{data}\n\n| | one step | two steps | one step, less the base | two steps | seeds | s a step |')
+    print('|---' * 7 + '|')
     for base, methods in BASES.items():
         base = distances(data, base)
         for method in methods:
@@ -69,10 +70,9 @@ def draw(data):
                 for method in methods:
                     runs = [curves[nfe] for curves in distances(data, method).values()]
                     pace = 1 if x_name == 'steps' else seconds(data, method)
-                    points = [(step, [run[i][1] for run in runs]) for i, (step, _) in enumerate(runs[0] if runs else [])]
-                    points = [(step * pace, statistics.mean(d), statistics.pstdev(d)) for step, d in points]
-                    if points:
-                        panel[method] = points
+                    if runs:
+                        points = [(step, [run[i][1] for run in runs]) for i, (step, _) in enumerate(runs[0])]
+                        panel[method] = [(step * pace, statistics.mean(d), statistics.pstdev(d)) for step, d in points]
         common.save_plot(panels, HERE / f'compare-{data}-{x_name}.png', x_name)
     rows = []
     for method in sum(BASES.values(), []):

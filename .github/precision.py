@@ -40,7 +40,7 @@ def rounded(x, kind):
 
 
 def emulate(kind, conv=F.conv2d, attention=F.scaled_dot_product_attention):
-    """Makes all convolutions and attention round as `kind` does; tf32 rounds what goes in, 16 bits what comes out, too."""
+    """Makes convolutions and attention round as `kind` does; tf32 rounds what goes in, 16 bits what comes out, too."""
     enter = (lambda x: x) if kind == 'fp32' else (lambda x: Rounded.apply(x, kind))
     leave = enter if kind in ('fp16', 'bf16') else lambda x: x
     F.conv2d = lambda x, weight, bias=None, **more: leave(conv(enter(x), enter(weight), bias, **more))

@@ -2,14 +2,15 @@
 import functools
 import importlib
 import inspect
-import io
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
-import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch starts, here and in the processes that tests start: tiny networks are no slower on one thread, and many
 # times faster where the machine has other work, because threads wait for each other after every small operation.
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,11 +42,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What takes longer than a step of a tiny network, and no test is about.
-
-    Files of tests need not survive a power cut. Without a GPU, torch.manual_seed formats a stack trace at every call,
-    in case it must tell later where it was called; the CPU's own generator does not.
-    """
+    """Without fsync, and without the stack trace that torch.manual_seed formats at every call where no GPU is."""
     monkeypatch.setattr(os, 'fsync', lambda file: None)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch, 'manual_seed', torch.default_generator.manual_seed)
@@ -70,16 +68,21 @@ def command(tmp_path):
     return call
 
 
+def picture(path, size=(8, 8), seed=0, mode='RGB'):
+    """Writes a picture of random pixels. -> path"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
 @pytest.fixture(scope='session')
 def few_pictures(tmp_path_factory):
-    """The flags for a zip of 40 pictures: processes that train on it need not draw 10,000 shapes before they begin."""
-    path = tmp_path_factory.mktemp('pictures') / 'pictures.zip'
-    with zipfile.ZipFile(path, 'w') as archive:
-        for i in range(40):
-            file = io.BytesIO()
-            Image.fromarray(common.draw_shape(i, 8).transpose(1, 2, 0)).save(file, 'PNG')
-            archive.writestr(f'{i}.png', file.getvalue())
-    return ['--dataset', 'folder', '--data-dir', str(path)]
+    """The flags for 40 pictures: processes that train on them need not draw 10,000 shapes before they begin."""
+    folder = tmp_path_factory.mktemp('pictures')
+    for i in range(40):
+        picture(folder / f'{i}.png', seed=i)
+    return ['--dataset', 'folder', '--data-dir', str(folder)]
 
 
 @pytest.fixture
@@ -110,21 +113,18 @@ def named_weights(net):
     return net
 
 
-# Small runs of all scripts
-
 SCRIPTS = {     # name: flags that make a run small
     'sct': ['--pretrain-steps', '0', '--ref-size', 'batch'],
     'gc_ct': [],
     'vct': ['--pretrain-steps', '0'],
 }
+TUNING = {'sct': [], 'gc_ct': ['--schedule', 'ect'], 'vct': ['--base', 'ecm']}          # from a diffusion model
 TINY_NETWORK = ['--width', '8', '--mults', '1,1', '--blocks', '1']
 SMALL = ['--resolution', '8', *TINY_NETWORK, '--batch', '8', '--steps', '4', '--fid-num', '20']
 all_shapes = functools.cache(common.shapes)              # what a command draws; `script` has runs draw but 200
 
 
 class Script:
-    """One of the scripts, with small runs of it."""
-
     def __init__(self, name):
         self.name, self.module, self.small = name, importlib.import_module(name), [*SMALL, *SCRIPTS[name]]
         self.out = Path(f'runs/{name}-shapes')
@@ -136,12 +136,42 @@ class Script:
         return self.run(*self.small, *flags)
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request, monkeypatch, tmp_path):
+@pytest.fixture
+def few_shapes(monkeypatch, tmp_path):
+    """An empty folder to run in, where the built-in data set has but 200 pictures."""
     monkeypatch.chdir(tmp_path)
-    draw = common.shapes
-    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
+    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16, draw=common.shapes: draw(n, resolution))
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, few_shapes):
     return Script(request.param)
+
+
+@pytest.fixture
+def signals():
+    """Brings back what Ctrl-C and SIGTERM do to the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def after_step(signals):
+    """after_step(n, act) calls act() when an optimiser has done its n-th step from now."""
+    hooks = []
+
+    def watch(n, act):
+        steps = itertools.count(1)
+        hooks.append(register_optimizer_step_post_hook(lambda *_: act() if next(steps) == n else None))
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+def stop(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
 
 
 def lines(out):
@@ -156,32 +186,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# What the tests of the scripts share
-
-@pytest.fixture
-def few_shapes(monkeypatch, tmp_path):
-    """An empty folder to run in, where the built-in data set has but 200 pictures."""
-    monkeypatch.chdir(tmp_path)
-    draw = common.shapes
-    monkeypatch.setattr(common, 'shapes', lambda n=200, resolution=16: draw(n, resolution))
-
-
-class Call(tuple):
-    """(args, kwargs, result) of a call; call.x is what it had for its parameter x, given or not."""
-
-
 @pytest.fixture
 def spy(monkeypatch):
-    """spy(module, 'name') -> the list of the function's Calls from now on, which go through as ever."""
+    """spy(module, 'name') -> the list of its calls from now on: call.x is what parameter x was, call.result."""
     def watch(owner, name):
         function, calls = getattr(owner, name), []
 
-        @functools.wraps(function)                              # so that a spy can be spied on
         def call(*args, **kwargs):
             bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()
-            calls.append(Call((args, kwargs, function(*args, **kwargs))))
-            vars(calls[-1]).update(bound.arguments, result=calls[-1][2])
+            calls.append(SimpleNamespace(**{**bound.arguments, 'result': function(*args, **kwargs)}))
             return calls[-1].result
         monkeypatch.setattr(owner, name, call)
         return calls
@@ -193,7 +207,6 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 
 
 def wide(t):
-    """Levels (B,) to go with images: (B, 1, 1, 1)."""
     return t[:, None, None, None]
 
 

@@ -1,29 +1,28 @@
-"""common.py: keyed randomness, steps, data in all its forms and faults, checkpoints, log, pictures, processes."""
+"""common.py: keyed randomness, steps, data in all its forms and faults, files, log, pictures, errors."""
+import collections
 import contextlib
 import hashlib
 import http.server
 import io
 import json
-import os
 import resource
-import signal
 import tarfile
 import threading
-import time
 import zipfile
 import zlib
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import sct
+import unet
 from common import UserError
-from conftest import Script, lines
+from conftest import lines, picture
 
 CPU = torch.device('cpu')
 
@@ -33,18 +32,16 @@ def flags(**values):
     return Namespace(**defaults | dict(sample_every=None, eval_every=None) | values)
 
 
-# Randomness and steps
-
 def test_draws_depend_on_their_key_alone():
     a = common.randn((4, 3), 0, 17, 'noise')
     torch.randn(5)
     assert torch.equal(a, common.randn((4, 3), 0, 17, 'noise'))
     for parts in [(1, 17, 'noise'), (0, 18, 'noise'), (0, 17, 'level')]:
         assert not torch.equal(a, common.randn((4, 3), *parts))
-    images = torch.arange(400.0).view(100, 1, 2, 2)
+    images = torch.arange(8000.0).view(2000, 1, 2, 2)
     out = common.mirror(images, 0, 1)
     flipped = (out == images.flip(3)).flatten(1).all(1)
-    assert 30 < flipped.sum() < 70 and torch.equal(out[~flipped], images[~flipped])
+    assert 900 < flipped.sum() < 1100 and torch.equal(out[~flipped], images[~flipped])
     assert torch.equal(out, common.mirror(images, 0, 1)) and not torch.equal(out, common.mirror(images, 0, 2))
 
 
@@ -56,45 +53,22 @@ def test_every_epoch_is_a_permutation(n, batch):
     assert not torch.equal(common.batch_indices(n, n, 0, seed=5), common.batch_indices(n, n, 0, seed=6))
 
 
-def test_average_and_learning_rate():
-    net, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    expected = 0.9 * ema.weight.detach() + 0.1 * net.weight.detach()
-    common.update_ema(ema, net, 0.9)
-    torch.testing.assert_close(ema.weight.detach(), expected)
-    optimizer = torch.optim.Adam(net.parameters(), lr=9.0)
-    for settings, rate in [((10, 0.5), 0.5), ((2000, 1e-3, 2000), 1e-3), ((8000, 1e-3, 2000), 5e-4)]:
-        common.learning_rate(optimizer, *settings)
-        assert optimizer.param_groups[0]['lr'] == pytest.approx(rate)
-
-
-def test_gradients_that_are_not_finite_become_zero_and_show_in_the_norm():
-    p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
-    p[0].grad, p[1].grad = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.0, 12.0])
-    assert common.finish_gradients(p, 'fp32') == 13
-    p[0].grad, p[1].grad = torch.tensor([1.0, torch.nan, 2.0]) * 1024, torch.tensor([torch.inf, 1024.0])
-    assert not common.finish_gradients(p, 'fp16').isfinite()
-    assert p[0].grad.tolist() == [1, 0, 2] and p[1].grad.tolist() == [0, 1]
-
-
 def test_microbatches_cover_the_processes_part_of_the_batch_with_masks_of_their_own(monkeypatch):
     def parts(size, step):
-        found = list(common.microbatches(None, Namespace(batch=8, microbatch=size, seed=0), step))
-        return [range(8)[common.rank_slice(8)][part] for part, _ in found], [seed for _, seed in found]
+        args = Namespace(batch=8, microbatch=size, seed=0, precision='fp32')
+        found = list(common.microbatches(torch.nn.Linear(1, 1), args, step, id))
+        return [[*range(8)[common.rank_slice(8)][part]] for part, _ in found], [seed for _, seed in found]
     three, seeds = parts(3, 5)
-    assert three == [range(0, 3), range(3, 6), range(6, 8)] and len(set(seeds)) == 3
-    assert parts(None, 5) == ([range(8)], seeds[:1]) and parts(None, 6)[1] != seeds[:1]
+    assert three == [[0, 1, 2], [3, 4, 5], [6, 7]] and len({*seeds, *parts(None, 6)[1]}) == 4
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
-    assert parts(None, 5)[0] == [range(4, 8)] and parts(None, 5)[1] != seeds[:1]
+    assert parts(None, 5)[0] == [[4, 5, 6, 7]] and parts(None, 5)[1] != seeds[:1]
 
-
-# Data
 
 def test_a_shape_is_a_function_of_its_number():
     data = common.shapes(40, 24)
     assert data.images.shape == (40, 3, 24, 24) and data.images.dtype == torch.uint8 and data.classes == 10
     assert np.array_equal(data.images[13], common.draw_shape(13, 24)) and data.labels[13] == 3
-    assert not np.array_equal(data.images[13], data.images[23])
 
 
 def test_bytes_become_floats_and_the_nearest_bytes_again():
@@ -103,62 +77,52 @@ def test_bytes_become_floats_and_the_nearest_bytes_again():
     assert common.to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
     for shift in (-0.4, 0.4):                                   # the nearest level: samples are not half a level darker
         assert torch.equal(common.to_uint8((levels[1:-1] + shift) / 127.5 - 1), levels[1:-1])
+    assert common.shrink(torch.tensor([[[[9, 2], [0, 4]]]], dtype=torch.uint8), 1).item() == 4      # of 3.75
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    log_message = lambda *_: None
-
-    def send_header(self, name, value):
-        super().send_header(name, str(int(value) + 1) if name == 'Content-Length' and 'cut' in self.path else value)
+class CutShort(http.server.BaseHTTPRequestHandler):
+    """Promises 101 bytes and sends 100."""
+    do_GET = lambda self: self.wfile.write(b'HTTP/1.0 200 OK\r\nContent-Length: 101\r\n\r\n' + bytes(100))
 
 
-@pytest.fixture
-def server(tmp_path):
-    """Serves a folder on the loopback interface -> (folder, address). What is called `cut` breaks off."""
-    folder = tmp_path / 'served'
-    folder.mkdir()
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), lambda *a: Handler(*a, directory=str(folder))) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        yield folder, f'http://127.0.0.1:{web.server_port}'
-        web.shutdown()
-
-
-def test_downloads_are_whole_and_checked_or_leave_nothing(server, tmp_path):
-    (served, address), target, md5 = server, tmp_path / 'new' / 'y', hashlib.md5(bytes(100)).hexdigest()
-    for name in ('whole', 'cut'):
-        (served / name).write_bytes(bytes(100))
-    for url, digest, words in [(f'{address}/cut', None, 'could not be'), (f'{address}/none', None, 'could not be'),
-                               ('http://127.0.0.1:9/x', md5, 'could not be'), (f'{address}/whole', 'aa', 'has md5')]:
-        with pytest.raises(UserError, match=words) as error:
-            common.download(url, target, 'md5', digest)
-        assert url in str(error.value) and not target.exists() and not list(tmp_path.rglob('*.part'))
-    common.download(f'{address}/whole', target, 'md5', md5[:8])
+def test_downloads_are_whole_and_checked_or_leave_nothing(tmp_path):
+    source, target, md5 = tmp_path / 'x', tmp_path / 'new' / 'y', hashlib.md5(bytes(100)).hexdigest()
+    source.write_bytes(bytes(100))
+    with http.server.HTTPServer(('127.0.0.1', 0), CutShort) as web:
+        threading.Thread(target=web.handle_request, daemon=True).start()
+        for url, digest, words in [
+                (f'http://127.0.0.1:{web.server_port}/x', None, 'could not be'), ('file:///no', None, 'could not be'),
+                ('http://127.0.0.1:9/x', md5, 'could not be'), (source.as_uri(), 'aa', 'has md5')]:
+            with pytest.raises(UserError, match=words) as error:
+                common.download(url, target, 'md5', digest)
+            assert url in str(error.value) and list(tmp_path.rglob('*')) == [source]
+    common.download(source.as_uri(), target, 'md5', md5[:8])
     common.download('http://127.0.0.1:9/x', target, 'md5', None)                # it is there
     assert target.read_bytes() == bytes(100)
     with pytest.raises(UserError, match=f'{target} has md5'):
         common.download('http://127.0.0.1:9/x', target, 'md5', 'aa')
 
 
-def test_cifar10_downloaded_packed_unpacked_and_damaged(server, tmp_path, monkeypatch):
-    (served, address), home = server, tmp_path / 'new' / 'data'
+def test_cifar10_downloaded_packed_unpacked_and_damaged(tmp_path, monkeypatch):
+    served, home = tmp_path / 'served', tmp_path / 'data'
     archive, folder = home / 'cifar-10-binary.tar.gz', home / 'cifar-10-batches-bin'
     files = {folder / f'data_batch_{i + 1}.bin': np.full((10_000, 3073), i, np.uint8) for i in range(5)}
-    with tarfile.open(served / 'archive', 'w:gz', compresslevel=1) as tar:
+    with tarfile.open(served, 'w:gz', compresslevel=1) as tar:
         for path, record in files.items():
             record[:, 0] = np.arange(10_000) % 10
-            record[:, 1:1025], record[7, 1] = 200, 11                           # red plane; the first pixel of record 7
+            record[:, 1:1025], record[7, 2] = 200, 11                   # red plane; the second pixel of record 7
             info = tarfile.TarInfo(f'{folder.name}/{path.name}')
             info.size = record.size
             tar.addfile(info, io.BytesIO(record.tobytes()))
+    monkeypatch.setattr(common, 'CIFAR10_MD5', hashlib.md5(served.read_bytes()).hexdigest())
+    monkeypatch.setattr(common, 'CIFAR10_URL', served.as_uri())
 
     def check(root):
         data = common.cifar10(root)
         assert data.images.shape == (50_000, 3, 32, 32) and data.labels[:11].tolist() == [*range(10), 0]
-        assert data.images[[7, 10_000], :, [0, 3], [0, 3]].tolist() == [[11, 0, 0], [200, 1, 1]]
-    monkeypatch.setattr(common, 'CIFAR10_MD5', hashlib.md5((served / 'archive').read_bytes()).hexdigest())
-    monkeypatch.setattr(common, 'CIFAR10_URL', f'{address}/archive')
+        assert data.images[[7, 10_000], :, 0, 1].tolist() == [[11, 0, 0], [200, 1, 1]]
     check(home)
-    monkeypatch.setattr(common, 'CIFAR10_URL', 'http://127.0.0.1:9/nothing')
+    served.unlink()
     check(archive)
     for damage, words in [(lambda: archive.write_bytes(b'cut'), 'cifar-10-binary.tar.gz has md5'),
                           (archive.unlink, 'could not be downloaded'), (folder.mkdir, 'data_batch_1.bin'),
@@ -168,15 +132,7 @@ def test_cifar10_downloaded_packed_unpacked_and_damaged(server, tmp_path, monkey
         with pytest.raises(UserError, match=words):
             common.cifar10(home)
     (folder / 'data_batch_2.bin').write_bytes([*files.values()][1].tobytes())
-    check(home)
     check(folder)
-
-
-def picture(path, size=(8, 8), seed=0, mode='RGB', **save):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path, **save)
-    return path
 
 
 def test_folder_and_zip_with_labels_from_folders(tmp_path):
@@ -197,15 +153,14 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
 
 
 def test_labels_from_edms_dataset_json(tmp_path):
-    table = {'labels': [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]}
-    for name, _ in table['labels']:
+    labels = [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]
+    for name, _ in labels:
         picture(tmp_path / name)
-    (tmp_path / 'dataset.json').write_text(json.dumps(table))
     args = flags(data_dir=tmp_path, cond=True)
+    (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels}))
     assert common.load_data(args, CPU).labels.tolist() == [5, 0, 2]
     assert (args.resolution, args.in_channels, args.label_dim) == (8, 3, 6)
-    table['labels'].pop()
-    (tmp_path / 'dataset.json').write_text(json.dumps(table))
+    (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels[:2]}))
     with pytest.raises(UserError, match='dataset.json'):
         common.load_data(args, CPU)
 
@@ -214,16 +169,17 @@ def test_image_formats_and_the_central_square(tmp_path):
     tall, exif = Image.open(picture(tmp_path / 'a.png')), Image.Exif()
     exif[0x0112] = 6                                                            # "rotate me by 90 degrees"
     tall.save(tmp_path / 'a.jpg', exif=exif, quality=100, subsampling=0)
+    Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(tmp_path / 'c.png')       # 16 bits
     for name, mode in [('b.jpg', 'CMYK'), ('d.png', 'L'), ('e.gif', 'P'), ('f.png', 'RGBA')]:
         picture(tmp_path / name, mode=mode)
     images = common.image_folder(tmp_path).images.int()
-    assert images.shape == (6, 3, 8, 8) and torch.equal(images[3, 0], images[3, 1])
+    assert images.shape == (7, 3, 8, 8) and (images[3] == 100).all() and torch.equal(images[4, 0], images[4, 1])
     assert (images[0] - images[1].rot90(-1, (1, 2))).abs().float().mean() < 8
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, 4:12] = 255
     Image.fromarray(wide).save(tmp_path / 'g.png')
     images = common.image_folder(tmp_path, resolution=4).images
-    assert images.shape == (7, 3, 4, 4) and (images[6] == 255).all()
+    assert images.shape == (8, 3, 4, 4) and (images[7] == 255).all()
 
 
 def enormous(path):
@@ -260,6 +216,15 @@ def test_data_that_cannot_be_used_are_named(tmp_path, words, fault, root, settin
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.assets
+@pytest.mark.parametrize('name, read, size, first', [('cifar-10-batches-bin', common.cifar10, 50_000, [6, 9, 9, 4, 1]),
+                                                     ('fashion-mnist', common.fmnist, 60_000, [9, 0, 0, 3, 0])])
+def test_real_data_sets(name, read, size, first, real):
+    data = read(real(name).parent)
+    assert len(data.images) == size and data.labels.bincount().tolist() == [size // 10] * 10
+    assert data.labels[:5].tolist() == first and 60 < data.images[:1000].float().mean() < 130
+
+
 @contextlib.contextmanager
 def room(size):
     """No file may grow beyond `size` bytes: as on a disk that is nearly full."""
@@ -271,8 +236,7 @@ def room(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
-    """Above a size, decoded images lie in a file, which is found again and follows the folder."""
+def test_many_images_are_mapped_from_a_file_which_follows_the_folder(tmp_path, monkeypatch):
     folder = tmp_path / 'pictures'
     paths = [picture(folder / f'{i}.png', seed=i) for i in range(5)]
     plain = common.image_folder(folder).images
@@ -295,30 +259,6 @@ def test_many_images_are_mapped_from_a_file(tmp_path, monkeypatch):
     assert set(tmp_path.iterdir()) == {folder, cache, second}
 
 
-# Checkpoints, log, pictures
-
-def test_atomic_writing_keeps_the_old_file(tmp_path):
-    path = tmp_path / 'file'
-    common.write_atomic(path, lambda file: file.write(b'old'))
-    with room(10), pytest.raises(UserError, match='file could not be written'):
-        common.write_atomic(path, lambda file: file.write(bytes(100)))
-    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
-    common.write_atomic(path, lambda file: file.write(b'new'), previous=tmp_path / 'before')
-    assert path.read_bytes() == b'new' and (tmp_path / 'before').read_bytes() == b'old'
-
-
-def test_bad_checkpoints_are_refused(tmp_path):
-    path = tmp_path / 'checkpoint.pt'
-    torch.save({'config': {}, 'ema': torch.zeros(1000)}, path)
-    cut = path.read_bytes()[:1500]
-    torch.save({'config': {}, 'ema': Namespace(a=1)}, path)                     # would have to import a class
-    for content in (path.read_bytes(), cut, b'', b'random bytes'):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match='checkpoint.pt cannot be read') as error:
-            common.load_checkpoint(path)
-        assert '\n' not in str(error.value)
-
-
 def test_the_log_has_every_step_once_and_averages_nothing_away(tmp_path):
     log = common.Log(flags(out=tmp_path, steps=7), 0, CPU)
     log.block = 3
@@ -327,33 +267,7 @@ def test_the_log_has_every_step_once_and_averages_nothing_away(tmp_path):
     assert lines(tmp_path) == [{'step': step, 'loss': step / 2, 'grad_norm': 1.0} for step in range(1, 8)]
 
 
-def test_work_that_takes_long_tells_how_far_it_is(monkeypatch, capsys):
-    times = iter(range(0, 1000, 11))
-    monkeypatch.setattr(time, 'monotonic', lambda: next(times))
-    assert list(common.progress('abcd', 'letters')) == list('abcd')
-    assert capsys.readouterr().out.splitlines()[0] == 'letters: 1 of 4, 0:00:33 left'
-
-
-def test_grids_and_curves_have_their_pixels(tmp_path):
-    x = torch.full((5, 1, 8, 8), -1.0)
-    x[3] = 1
-    common.save_grid(x, tmp_path / 'grid.png', columns=3)
-    grid = Image.open(tmp_path / 'grid.png')
-    assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
-    assert grid.getpixel((30, 30)) == (0, 0, 0) and grid.getpixel((30, 96)) == (255, 255, 255)
-    rows = [{'step': i, 'loss': 10 / i, 'x': 'nan'} for i in range(1, 500)]
-    (tmp_path / 'm.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    common.save_curves(tmp_path / 'm.jsonl', tmp_path / 'curves.png')
-    curve = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
-    blue = np.argwhere((curve[:, :, 2] - curve[:, :, 0] > 100))
-    first, last = blue[blue[:, 1] < 40][:, 0].mean(), blue[blue[:, 1] > 680][:, 0].mean()
-    assert first < last - 80                                                    # it falls, over most of the panel
-
-
-# Processes and errors
-
 def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys):
-    """Also where several processes run, and the words are those of a lost connection."""
     def code(error, *argv):
         return common.run(lambda _: (_ for _ in ()).throw(error), list(argv))
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
@@ -367,45 +281,23 @@ def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys)
             code(error, *argv)
 
 
-@pytest.fixture
-def signals():
-    """Brings back what Ctrl-C and SIGTERM do to the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-COPY = """
-import os, sys, time
-rank, (case, file) = os.environ['RANK'], sys.argv[-1].split(':')
-assert os.environ['WORLD_SIZE'] == '3' and os.environ['LOCAL_RANK'] == rank and os.environ['INIT_METHOD']
-open(f'{file}-{os.getpid()}', 'w').close()
-if case == 'done' or rank == '1' and case == 'exit':
-    sys.exit(3 * (case == 'exit'))
-if rank == '1' and case == 'kill':
-    os.kill(os.getpid(), 9)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize('case, code, words', [('done', 0, ''), ('exit', 3, ''), ('signal', 130, 'ended by SIGINT'),
-                                               ('kill', 137, 'a process was ended by SIGKILL')])
-def test_the_launcher_waits_for_all_copies_or_ends_them_with_the_first_that_fails(
-        case, code, words, tmp_path, monkeypatch, capsys, signals):
-    """The copies are of a stand-in for the script; a signal to the launcher reaches them."""
-    (tmp_path / 'sct.py').write_text(COPY)
-    monkeypatch.setattr(common, '__file__', str(tmp_path / 'common.py'))
-    copies = lambda: [path.name.split('-')[1] for path in tmp_path.glob('pid-*')]
-
-    def interrupt():
-        while len(copies()) < 3:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-    if case == 'signal':
-        threading.Thread(target=interrupt, daemon=True).start()
-    begin, argv = time.monotonic(), [*Script('sct').small, '--batch', '9', '--gpus', '3', '--device', 'cpu']
-    assert common.run(sct.main, [*argv, '--out', f'{tmp_path}/x', '--init', f'{case}:{tmp_path}/pid']) == code
-    error = capsys.readouterr().err
-    assert time.monotonic() - begin < 20 and words in error and error.count('\n') == bool(words)
-    assert copies() and not any(Path('/proc', pid).exists() for pid in copies())
+def test_weights_are_cast_once_a_step():
+    """However many parts the batch has, and for the teacher, too; and the gradient is that of uncached casts."""
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in pointers:
+                counts[args[0].data_ptr()] += 1
+            return function(*args, **kwargs or {})
+    torch.manual_seed(0)
+    net = unet.SongUNet(8, 3, 3, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    args, x, t = Namespace(batch=8, microbatch=2, seed=0, precision='bf16'), torch.randn(8, 3, 8, 8), torch.rand(8) + 1
+    pointers, grads = {p.data_ptr() for p in net.parameters() if p.ndim == 4}, []
+    for cached in (True, False):
+        counts, call = collections.Counter(), common.network(net, 'bf16', cached)
+        with Casts():
+            for part, _ in common.microbatches(net, args, 0, id):
+                common.backward(sct.loss(call, x[part], t[part], x[part] / 2, t[part] / 2), 8, 'bf16', id)
+        assert set(counts.values()) == {1 if cached else 8} and counts.keys() == pointers
+        grads.append([p.grad for p in net.parameters()])
+        net.zero_grad()
+    torch.testing.assert_close(*grads, rtol=0.05, atol=1e-3)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import common
 import fid
+from conftest import picture
 
 GOLDEN = np.load(Path(__file__).parent / 'data/fid.npz')
 
@@ -18,8 +19,6 @@ GOLDEN = np.load(Path(__file__).parent / 'data/fid.npz')
 def moments(features):
     return features.mean(0), np.cov(features.T)
 
-
-# The network and the distance
 
 def test_resize_is_tensorflow_1s():
     out = fid.resize_tf1(torch.from_numpy(GOLDEN['resize_in']), *GOLDEN['resize_out'].shape[2:])
@@ -35,30 +34,19 @@ def test_distance_is_scipys(name):
     assert abs(fid.frechet_distance(*x, *x)) < 1e-6
 
 
-def test_distance_of_gaussians_in_closed_form():
-    """Covariances that share their axes: |mu1 - mu2|² + sum (s1 - s2)²."""
-    s1, s2, mu = np.array([1.0, 2.0, 0.0]), np.array([3.0, 0.5, 1.0]), np.array([1.0, 0.0, -2.0])
-    axes = np.linalg.qr(np.random.RandomState(0).randn(3, 3))[0]
-    value = fid.frechet_distance(mu, axes * s1 ** 2 @ axes.T, 2 * mu, axes * s2 ** 2 @ axes.T)
-    assert abs(value - (5 + 4 + 2.25 + 1)) < 1e-9
-
-
 def test_loading_folds_batch_norm_which_changes_nothing_and_names_are_pytorch_fids(tmp_path):
     torch.manual_seed(0)
-    net = fid.InceptionV3().eval()
+    net, x = fid.InceptionV3().eval(), torch.randint(0, 256, (1, 3, 32, 32))
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 2), module.bias.data.normal_()
-    names = set(net.state_dict())
-    assert {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var',
-            'Mixed_7c.branch3x3dbl_3b.conv.weight'} <= names
-    assert len([name for name in names if name.endswith('conv.weight')]) == 94
+    assert len([name for name in net.state_dict() if name.endswith('conv.weight')]) == 94
+    assert net.state_dict().keys() >= {'Conv2d_1a_3x3.conv.weight', 'Mixed_5b.branch_pool.bn.running_var',
+                                       'Mixed_7c.branch3x3dbl_3b.conv.weight'}
     torch.save(net.state_dict() | {'fc.weight': torch.zeros(3)}, tmp_path / 'w.pth')            # fc: in theirs, unused
     folded, name = fid.load_inception(tmp_path / 'w.pth')
-    assert name.startswith('FID with other Inception weights (')
+    assert name.startswith('FID with other Inception weights (') and net(x).shape == (1, 2048)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    x = torch.randint(0, 256, (1, 3, 32, 32))
-    assert net(x).shape == (1, 2048)
     torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
 
 
@@ -81,12 +69,9 @@ def test_fid_of_cifar10s_own_pictures(real, command):
     assert abs(float(done.stdout.split()[-1]) - 18.36) < 0.02
 
 
-# The command
-
 def pictures(folder, seed=0):
-    folder.mkdir(parents=True)
-    for i, x in enumerate(np.random.RandomState(seed).randint(0, 256, (12, 8, 8, 3), dtype=np.uint8)):
-        Image.fromarray(x).save(folder / f'{i:03}.png')
+    for i in range(12):
+        picture(folder / f'{i:02}.png', seed=100 * seed + i)
     return folder
 
 
@@ -124,34 +109,29 @@ def test_bad_statistics_pictures_and_weights_are_named(tmp_path, refused):
         refused(fid, [a, '--against', a, '--inception', weights], 'w.pth')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'cut.bin').write_bytes(b'x' * 3073)
-    refused(fid, [a, '--against', tmp_path / 'nothing', '--fid-features', 'pixels'], 'nothing')
-    refused(fid, [tmp_path / 'empty', '--against', a], 'empty holds no images')
-    refused(fid, [tmp_path / 'cut.bin', '--against', a], 'is not whole')
-    refused(fid, [tmp_path / 'typo.tar.gz', '--against', a], 'typo.tar.gz')
+    for images, words in ('empty', 'empty holds no images'), ('cut.bin', 'is not whole'), ('typo.tar.gz', 'typo.tar.gz'):
+        refused(fid, [tmp_path / images, '--against', a], words)
     refused(fid, [a, '--against', a, '--nmu', '3'], '--nmu')
 
-
-# Within a run
 
 def random_images(n):
     return torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8)
 
 
 def test_only_the_real_thing_is_called_fid_50k(monkeypatch, tmp_path):
-    data = argparse.Namespace(images=random_images(2000), home=None)
-    np.savez(tmp_path / 's.npz', mu=np.zeros(48), sigma=np.eye(48), n=50_000)
-
-    def name(kind='FID', **flags):
+    data, path = argparse.Namespace(images=random_images(2000), home=None), str(tmp_path / 's.npz')
+    np.savez(path, mu=np.zeros(48), sigma=np.eye(48), n=50_000)
+    plain = dict(evaluate='run', data_dir='data', inception=None, fid_features='inception', fid_num=50_000,
+                 fid_ref=None, labels=None)
+    for kind, flags, name in [
+            ('FID', {}, 'FID-50k'),
+            ('FID', dict(fid_num=2_000), 'FID (2,000 images against the 2,000 training images)'),
+            ('FID', dict(fid_ref=path), f'FID (50,000 images against {path})'),
+            ('FID', dict(labels=[1]), 'FID (50,000 images against the 2,000 training images; classes [1] only)'),
+            ('Other', {}, 'Other (50,000 images against the 2,000 training images)'),
+            ('FID', dict(fid_features='pixels'), 'pixel-FD (50,000 images against the 2,000 training images)')]:
         monkeypatch.setattr(fid, 'load_inception', lambda *_: (fid.pixel_features, kind))
-        args = dict(evaluate='run', data_dir='data', inception=None, fid_features='inception', fid_num=50_000,
-                    fid_ref=None, labels=None)
-        return fid.prepare(argparse.Namespace(**args | flags), 'cpu', data)[1]
-    assert name() == 'FID-50k'
-    assert name(fid_num=2_000) == 'FID (2,000 images against the 2,000 training images)'
-    assert name(fid_ref=str(tmp_path / 's.npz')) == f'FID (50,000 images against {tmp_path / "s.npz"})'
-    assert name(labels=[1]) == 'FID (50,000 images against the 2,000 training images; classes [1] only)'
-    assert name('FID with other Inception weights').startswith('FID with other Inception weights (50,000 images')
-    assert name(fid_features='pixels') == 'pixel-FD (50,000 images against the 2,000 training images)'
+        assert fid.prepare(argparse.Namespace(**plain | flags), 'cpu', data)[1] == name
 
 
 def test_reference_statistics_are_numpys_and_kept_under_a_name_of_the_data(tmp_path):
@@ -172,7 +152,6 @@ def test_reference_statistics_are_numpys_and_kept_under_a_name_of_the_data(tmp_p
 
 
 def test_every_lot_of_samples_has_noise_of_its_own_and_the_classes_go_on():
-    """The same whichever process makes it: a distance of 100 pictures, repeated, would be another one."""
     seen, reference = [], fid.measure(300, lambda first, n: random_images(n), fid.pixel_features)
 
     def draw(n, nfe, seed, first):

@@ -1,7 +1,4 @@
-"""unet.load_pretrained: files in the published forms, which are imitated, hostile files, damaged files.
-
-Stand-ins for the modules that published pickles name exist only while a file is written: reading it needs neither.
-"""
+"""unet.load_pretrained: files in the published forms, which are imitated, hostile files, damaged files."""
 import copyreg
 import io
 import json
@@ -53,7 +50,7 @@ def reduce(module):
 
 
 def publish(path, top, writer):
-    """Pickles networks as the published ones are. -> the file's bytes"""
+    """Pickles networks as the published ones are; modules that they name are stood in for while that lasts. -> bytes"""
     EasyDict.__module__, _reconstruct_persistent_obj.__module__ = 'dnnlib.util', 'torch_utils.persistence'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, '__reduce__', reduce)
@@ -77,8 +74,6 @@ def same(found, net):
     assert all(torch.equal(found[name], p.float()) for name, p in net.state_dict().items())
 
 
-# Published forms and our own
-
 @pytest.mark.parametrize('form', ['edm', 'edm2', 'ect'])
 @pytest.mark.parametrize('writer, half', [('pickle', True), ('pickle protocol 2', False), ('torch.save', True)])
 def test_published_forms(form, writer, half, tmp_path):
@@ -95,18 +90,13 @@ def test_published_forms(form, writer, half, tmp_path):
     fresh = EDM2UNet(**EDM2) if form == 'edm2' else SongUNet(**SONG | dict(augment_dim=0))  # no map_augment, logvar_*
     load_weights(fresh, tensors, 'x.pkl')
     assert all(torch.equal(tensors[name], p) for name, p in fresh.state_dict().items())
-    with pytest.raises(UserError, match=r'^x.pkl does not fit this network: \S+ is .* there, .* here;.*; and \d+ more'):
-        load_weights(SongUNet(**SONG | dict(model_channels=16)), tensors, 'x.pkl')
 
 
 @pytest.mark.parametrize('writer', WRITERS)
 def test_own_checkpoints_and_bare_state_dicts(writer, tmp_path):
     net, encoder = named_weights(SongUNet(**SONG)), {'encoder.enc.conv.weight': torch.ones(2)}          # VCT's
-    state, optimizer = net.state_dict(), torch.optim.RAdam(net.parameters())
-    net(torch.randn(2, 3, 8, 8), torch.zeros(2)).sum().backward()
-    optimizer.step()
-    checkpoint = dict(step=7, net={'w': torch.ones(1)}, ema=state | encoder, optimizer=optimizer.state_dict(),
-                      config=dict(script='sct', mults=[1, 2], lr=1e-4, cond=True, labels=None))
+    state, config = net.state_dict(), dict(script='sct', mults=[1, 2], lr=1e-4, cond=True, labels=None)
+    checkpoint = dict(step=7, net={'w': torch.ones(1)}, ema=state | encoder, config=config)
     for obj in [checkpoint, state, state | encoder, {f'model.{name}': p for name, p in state.items()}]:
         (tmp_path / 'x.pt').write_bytes(written(writer, obj))
         tensors, about = load_pretrained(str(tmp_path / 'x.pt'))
@@ -116,23 +106,21 @@ def test_own_checkpoints_and_bare_state_dicts(writer, tmp_path):
 
 
 def test_addresses_are_fetched_once_and_checked(tmp_path):
-    net = nn.Linear(3, 2)
+    net, cache = nn.Linear(3, 2), tmp_path / 'deep' / 'cache'
     publish(tmp_path / 'x.pkl', dict(ema=Precond(net)), 'pickle')
-    url, cache = (tmp_path / 'x.pkl').as_uri(), tmp_path / 'deep' / 'cache'
+    url, other = (tmp_path / 'x.pkl').as_uri(), tmp_path / 'other' / 'x.pkl'           # same name, another address
     same(load_pretrained(url, cache)[0], net)
-    assert [path.read_bytes() for path in cache.glob('*-x.pkl')] == [(tmp_path / 'x.pkl').read_bytes()]
     (tmp_path / 'x.pkl').unlink()
     same(load_pretrained(url, cache)[0], net)
     with pytest.raises(UserError, match='has sha256'):
         load_pretrained(f'{url}#sha256=00112233', cache)
-    torch.save({'w': torch.ones(1)}, cache / 'x.pkl')                       # same name, another address
-    assert list(load_pretrained((cache / 'x.pkl').as_uri(), cache)[0]) == ['w']
+    other.parent.mkdir()
+    torch.save({'w': torch.ones(1)}, other)
+    assert list(load_pretrained(other.as_uri(), cache)[0]) == ['w']
     for url in ('http://127.0.0.1:9/x.pkl', 'file:///nowhere/x.pkl', 'http://127.0.0.1:port/x', 'https://'):
         with pytest.raises(UserError, match='could not be downloaded'):
             load_pretrained(url, tmp_path)
 
-
-# Hostile files
 
 class Calls(tuple):
     """Pickled as a call of its first item with the others."""
@@ -221,22 +209,17 @@ def test_tensors_stay_within_their_storage_and_share_none(writer, tmp_path):
         refused(tmp_path / 'x.pkl', data=build(*args))
 
 
-# Damaged files
-
 def test_damaged_files(tmp_path):
-    path, rng = tmp_path / 'x.pkl', np.random.RandomState(0)
-    for writer in ['pickle', 'pickle protocol 2', 'torch.save', OLD]:
+    path = tmp_path / 'x.pkl'
+    for writer in WRITERS:
         data = publish(path, dict(ema=Precond(nn.Linear(30, 3))), writer)
         for n in [0, 1, 2, 10, *np.linspace(11, len(data) - 1, 30, dtype=int)]:
             refused(path, data=data[:n])
-    for start in [b'', b'\x80\x04', b'\x80\x02', b'PK\x03\x04'] * 50:
-        refused(path, data=start + rng.bytes(rng.randint(1, 2000)))
     archive = zipfile.ZipFile(io.BytesIO(written('torch.save', {'w': torch.arange(100.0)})))
-    parts = {name: archive.read(name) for name in archive.namelist()}
     for end, size in [('/0', 396), ('/0', 399), ('/0', 0), ('data.pkl', 0)]:            # numbers or a part are missing
-        with zipfile.ZipFile(path, 'w') as archive:
-            for name, data in parts.items():
-                archive.writestr(name, data[:size] if name.endswith(end) else data)
+        with zipfile.ZipFile(path, 'w') as cut:
+            for name in archive.namelist():
+                cut.writestr(name, archive.read(name)[:size if name.endswith(end) else None])
         refused(path)
     refused(tmp_path, 'directory')
     refused(tmp_path / 'none.pkl', 'No such file')
@@ -278,8 +261,6 @@ def test_deep_files_and_a_thousand_mutations_run_nothing_and_crash_nothing(tmp_p
             b'})' + b'\x85' * 300_000 + b'K\x01s.', b'})' + b'\x85' * 49_000 + b'K\x01s.', b'(' * n + b't' * n + b'.',
             module * 20_000 + b'N' + b'ssb' * 20_000 + b'.']):            # lists, dicts, tuples, networks in each other
         (tmp_path / f'deep{i}.pkl').write_bytes(b'\x80\x04' + program)
-        with zipfile.ZipFile(tmp_path / f'deep{i}zip.pkl', 'w') as archive:
-            archive.writestr('x/data.pkl', b'\x80\x04' + program)
 
     rng, part, seeds = random.Random(0), nn.ModuleDict({'a': nn.Linear(3, 2), 'b': nn.Linear(2, 2)}), []
     for writer in WRITERS:
@@ -290,8 +271,8 @@ def test_deep_files_and_a_thousand_mutations_run_nothing_and_crash_nothing(tmp_p
     for i in range(1000):
         mutant = bytearray(seeds[i % 4])
         for _ in range(rng.choice([1, 1, 1, 2, 10])):
-            at, word, other = rng.randrange(len(mutant) + 1), rng.choice(words), rng.choice(seeds)
-            start = rng.randrange(len(other))
+            at, start = rng.randrange(len(mutant)), rng.randrange(len(mutant))
+            word, other = rng.choice(words), rng.choice(seeds)
             new, old = rng.choice([(bytes([rng.randrange(256)]), 1), (b'', rng.randrange(20)), (word, 0),
                                    (word, len(word)), (other[start:start + rng.randrange(200)], 0)])
             mutant[at:at + old] = new
@@ -300,4 +281,4 @@ def test_deep_files_and_a_thousand_mutations_run_nothing_and_crash_nothing(tmp_p
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, '')
     good, bad, deep = map(int, done.stdout.split())
-    assert deep == 15 and good + bad == 1000 and good > 20 and bad > 500        # else the mutations test nothing
+    assert deep == 8 and good + bad == 1000 and good > 20 and bad > 500        # else the mutations test nothing

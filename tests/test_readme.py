@@ -1,5 +1,4 @@
 """What README.md and RESULTS.md promise: their commands, the Python example, files that can be copied, one voice."""
-import ast
 import importlib.util
 import json
 import re
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 import fid
@@ -34,16 +34,8 @@ def commands():
     return [list(call) for call in dict.fromkeys(tuple(words[i:]) for words, i in zip(calls, starts) if i is not None)]
 
 
-def test_the_commands_are_found():
-    found = commands()
-    assert {call[0] for call in found} >= {'sct.py', 'gc_ct.py', 'vct.py', 'fid.py'} and ['sct.py'] in found
-    assert any(call[:3] == ['sct.py', '--dataset', 'cifar10'] for call in found)
-    assert {flag for call in found for flag in call} >= {'--evaluate', '--sample', '--resume', '--gpus'}
-
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A small run of each script, in the folder that its default run has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp('runs'))
         draw = common.shapes
@@ -54,11 +46,9 @@ def runs(tmp_path_factory):
 
 
 def test_each_command_is_understood(runs, monkeypatch, capsys):
-    """With --dry-run; a run that a command uses and that is not there is a small one instead."""
+    assert {call[0] for call in commands()} >= {'sct.py', 'gc_ct.py', 'vct.py', 'fid.py'} and ['sct.py'] in commands()
     for script, *flags in commands():
         name = script.removesuffix('.py')
-        if script.startswith('tests/'):                         # void: they were measuring scripts
-            continue
         if name not in SCRIPTS:
             assert (ROOT / script).exists(), script
             with monkeypatch.context() as patch:
@@ -87,23 +77,17 @@ def test_the_python_example(runs):
         assert space['images'].shape == (16, 3, 16, 16) and space['images'].abs().max() <= 1
 
 
-def test_scripts_run_when_copied(tmp_path):
-    """With common.py, unet.py and fid.py into an empty folder."""
+def test_scripts_run_when_copied(few_pictures, tmp_path):
     for name in ('common', 'unet', 'fid', *SCRIPTS):
         shutil.copy(ROOT / f'{name}.py', tmp_path)
     code = 'import sys, json, common, importlib\nfor name, argv in json.loads(sys.argv[1]):\n' \
            '    assert common.run(importlib.import_module(name).main, argv) == 0'
-    tasks = [(name, [*Script(name).small, '--steps', '2', '--batch', '4', '--dataset', 'folder', '--data-dir', 'in'])
-             for name in SCRIPTS]
-    (tmp_path / 'in').mkdir()
-    common.save_grid(common.normalise(common.shapes(1, 8).images), tmp_path / 'in/picture.png')
+    tasks = [(name, [*few_pictures, *Script(name).small, '--steps', '2']) for name in SCRIPTS]
     done = subprocess.run([sys.executable, '-c', code, json.dumps(tasks)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob('runs/*/final.pt'))) == 3
+    assert done.returncode == 0 and len(list(tmp_path.glob('runs/*/final.pt'))) == 3, done.stderr
 
 
 def test_the_scripts_have_one_voice():
-    """The same sections in the same order; each paper's own is the fourth, and the eighth its diagnostics."""
     for name in SCRIPTS:
         found = re.findall(r'^# \d\. (\w+)', (ROOT / f'{name}.py').read_text(), re.M)
         assert found[:3] == ['Presets', 'Noise', 'Model'] and found[4:7] == ['Loss', 'Sampling', 'Training']
@@ -111,19 +95,31 @@ def test_the_scripts_have_one_voice():
 
 
 def test_common_has_nothing_that_one_script_alone_uses():
-    files, used = (*SCRIPTS, 'fid', 'unet', 'common'), {}
-    trees = {file: ast.parse((ROOT / f'{file}.py').read_text()) for file in files}
-    for file, tree in trees.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'common':
-                used.setdefault(node.attr, set()).add(file)
-            if file == 'common' and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                used.setdefault(node.id, set()).add(file)
-    for node in trees['common'].body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            assert len(used.get(node.name, ())) > 1 or used.get(node.name) in ({'common'}, {'fid'}, {'unet'}), node.name
+    texts = {file: (ROOT / f'{file}.py').read_text() for file in (*SCRIPTS, 'fid', 'unet', 'common')}
+    for name in re.findall(r'^(?:def|class) (\w+)', texts['common'], re.M):
+        users = {file for file, text in texts.items() if re.search(rf'common\.{name}\b', text)}
+        assert users - set(SCRIPTS) or len(users) > 1 or len(re.findall(rf'\b{name}\b', texts['common'])) > 1, name
 
 
 def test_lines_are_no_longer_than_120():
     for path in (*ROOT.glob('*.py'), *ROOT.glob('tests/*.py')):
         assert [line for line in path.read_text().splitlines() if len(line) > 120] == [], path.name
+
+
+def test_the_pairs_of_the_figure_are_what_its_panels_say():
+    pytest.importorskip('scipy')                                # for optimal transport
+    spec = importlib.util.spec_from_file_location('pairs', ROOT / '.github/pairs.py')
+    pairs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pairs)
+    encoder = pairs.train_encoder(steps=200)
+    x0, eps, t, r = pairs.draw(0)
+    chosen = {kind: pairs.choose(kind, x0, eps, t, r, encoder) for kind in pairs.PANELS}
+    x0, eps, ends, lines = x0.flatten(), eps.flatten(), *({kind: c[i] for kind, c in chosen.items()} for i in (0, 2))
+    x_t, x_r = lines['SCT'][[0, -1]]
+    torch.testing.assert_close((x_t - x_r) / (t - r), (x_t - (x_t / t ** 2).tanh()) / t, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ends['GC'], (x0 + r * eps).sign())                       # an image, and the right one
+    assert torch.equal(ends['IC'], x0) and (ends['OT'] - eps).square().sum() < 0.6 * (x0 - eps).square().sum()
+    noise = (lines['VC'][0] - x0) / t
+    assert (noise * x0).mean() > (eps * x0).mean() + 0.15                               # on the side of its image
+    off = {kind: pairs.distance(kind, encoder, 5) for kind in pairs.PANELS}
+    assert off['SCT'] < 0.25 * off['IC'] and all(off[kind] < 0.9 * off['IC'] for kind in ('OT', 'GC', 'VC'))

@@ -1,0 +1,184 @@
+"""What only a GPU can show: skipped where there is none. Some minutes, `python -m pytest -q tests/test_gpu.py`."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # before CUDA starts: for the deterministic runs
+import common
+import fid
+import sct
+import unet
+from conftest import ROOT, TUNING, lines, same, weights, wide
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+PRECISIONS = {'fp32': 1e-4, 'tf32': 0.01, 'fp16': 0.01, 'bf16': 0.05}       # relative error of a loss
+GPU = 'cuda'
+
+
+def song(dropout=0.0, **more):
+    torch.manual_seed(0)
+    net = unet.SongUNet(16, 3, 3, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,),
+                        dropout=dropout, **more)
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn_like(p)                # no layer that starts at zero
+    return net
+
+
+def edm2(dropout=0.0):
+    torch.manual_seed(0)
+    net = unet.EDM2UNet(16, 3, 3, model_channels=64, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,),
+                        dropout=dropout)
+    net.out_gain.data.fill_(1)
+    return net
+
+
+def batch(n=8, gap=0.5):
+    x0, eps = torch.randn(2, n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    t = torch.linspace(0.5, 5, n)
+    r = gap * t
+    return x0 + wide(t) * eps, t, x0 + wide(r) * eps, r
+
+
+def on(device, net, values):
+    return net.to(device, memory_format=torch.channels_last), [value.to(device) for value in values]
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('make', [song, edm2])
+def test_losses_and_gradients_are_those_of_the_cpu(make, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', precision == 'tf32')
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    found = {}
+    for device, arithmetic in (('cpu', 'fp32'), (GPU, precision)):
+        net, values = on(device, make(), batch())
+        loss = sct.loss(common.network(net, arithmetic), *values)
+        loss.mean().backward()
+        norm = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm()
+        found[device] = torch.cat([loss.detach().cpu(), norm.cpu()[None]])
+    torch.testing.assert_close(found[GPU], found['cpu'], rtol=PRECISIONS[precision], atol=0)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('make', [song, edm2])
+def test_student_and_teacher_have_the_same_dropout(make, compiled):
+    net, (x, t, _, _) = on(GPU, make(dropout=0.3).train(), batch())
+    if compiled:
+        net.compile(dynamic=False)
+    call = common.network(net, 'bf16')
+    outputs = []
+    for seed, grad in ((1, True), (1, False), (2, False)):
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(grad):
+            outputs.append(sct.f(call, x, t))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.02)
+    assert (outputs[1] - outputs[2]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize('make', [song, edm2])
+def test_attention_takes_a_fast_kernel_and_blocks_keep_channels_last(make):
+    net, (x, t, _, _) = on(GPU, make(), batch())
+    last = []
+    for module in net.modules():
+        if isinstance(module, (unet.UNetBlock, unet.MPBlock)):
+            module.register_forward_hook(lambda module, inputs, x: last.append(
+                x.is_contiguous(memory_format=torch.channels_last)))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        common.network(net, 'bf16')(x, t).sum().backward()
+    assert last and all(last)
+
+
+@pytest.mark.parametrize('flags', [(), ('--compile',)], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_twenty_steps(script, precision, flags):
+    assert script.train('--steps', 20, '--precision', precision, '--nfe', '1,2', '--eval-every', 20, *flags) == 0
+    assert all(isinstance(line[name], float) for line in lines(script.out) for name in line if name == 'loss')
+    torch._dynamo.reset()
+
+
+def test_no_step_waits_for_the_device(script, after_step):
+    after_step(12, lambda: torch.cuda.set_sync_debug_mode('error'))         # the log reads blocks of ten steps
+    after_step(18, lambda: torch.cuda.set_sync_debug_mode('default'))
+    try:
+        assert script.train(*TUNING[script.name], '--steps', 20, '--dropout', 0.1) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_a_resumed_run_is_the_run_and_goes_on_without_a_gpu(script, monkeypatch):
+    start = common.start
+
+    def deterministic(args):
+        device = start(args)
+        torch.backends.cudnn.benchmark = False
+        return device
+    monkeypatch.setattr(common, 'start', deterministic)
+    torch.use_deterministic_algorithms(True)
+    try:
+        script.train('--steps', 8, '--out', 'whole')
+        script.train('--steps', 8, '--out', 'parts', '--save-every', 4)
+        os.replace('parts/previous.pt', 'parts/checkpoint.pt')              # of step 4
+        assert script.run('--resume', '--out', 'parts') == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(weights('whole'), weights('parts'))
+    os.replace('parts/previous.pt', 'parts/checkpoint.pt')
+    assert script.run('--resume', '--out', 'parts', '--device', 'cpu') == 0
+    for a, b in zip(weights('whole').values(), weights('parts').values()):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.05)               # other random numbers
+
+
+def test_samples_are_those_of_the_cpu(script):
+    script.train('--steps', 8)
+    images = [script.module.sample(script.module.load(script.out, device), 16, 2, seed=3) for device in (GPU, 'cpu')]
+    torch.testing.assert_close(images[0].cpu(), images[1], rtol=0, atol=2e-3)
+
+
+def test_two_processes_on_one_gpu_are_one(few_shapes, tmp_path):
+    """By gloo, as NCCL wants a GPU for each; what the launcher's --gpus 2 does where there are two."""
+    code = '''if 1:
+        import sys, torch.distributed as dist
+        sys.path.insert(0, sys.argv.pop(1))
+        begin = dist.init_process_group
+        dist.init_process_group = lambda backend, device_id=None, **more: begin('gloo', **more)
+        import common, sct
+        sys.exit(common.run(sct.main))'''
+    flags = ['--resolution', '8', '--width', '8', '--mults', '1,1', '--blocks', '1', '--batch', '8', '--steps', '6',
+             '--no-cond', '--ref-size', '4', '--pretrain-steps', '2', '--eval-every', '100', '--overwrite']
+    for n in (1, 2):
+        env = [dict(os.environ, INIT_METHOD=f'file://{tmp_path}/meet-{n}', RANK=str(i), LOCAL_RANK=str(i),
+                    WORLD_SIZE=str(n)) for i in range(n)]
+        command = [sys.executable, '-c', code, str(ROOT), *flags, '--out', f'by-{n}']
+        runs = [subprocess.Popen(command, env=e) for e in env]
+        assert [run.wait(300) for run in runs] == [0] * n
+    for name, value in weights('by-1').items():
+        torch.testing.assert_close(weights('by-2')[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_posterior_mean_is_not_rounded_to_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
+    x, refs, t = torch.randn(16, 3, 8, 8), torch.randn(300, 3, 8, 8), torch.linspace(0.2, 5, 16)
+    exact = sct.posterior_mean(x.double(), t.double(), refs.double()).float()
+    torch.testing.assert_close(sct.posterior_mean(x.cuda(), t.cuda(), refs.cuda()).cpu(), exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.assets
+def test_inception_features_are_those_of_the_cpu(real):
+    path = str(real('inception-2015-12-05.pth'))
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    a, b = (fid.load_inception(path, None, torch.device(device))[0](images.to(device)).cpu() for device in (GPU, 'cpu'))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * b.abs().max().item())
+
+
+def test_memory_and_the_benchmark(script, capsys):
+    """CIFAR-10's network takes some 130 MiB an image, in float32."""
+    flags = ['--resolution', 32, '--width', 128, '--mults', '2,2,2', '--blocks', 4, '--batch', 32, '--benchmark', 3]
+    assert script.run(*flags, '--no-cond', '--pretrain-steps', 0, *(['--ref-size', 4] * (script.name == 'sct'))) == 0
+    text = capsys.readouterr().out
+    assert 'of a matrix product in fp32' in text
+    assert float(text.split('peak memory ')[1].split()[0]) < 32 * 0.134 * 1.6 + 2
