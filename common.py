@@ -167,7 +167,7 @@ def learning_rate(optimizer, step, lr, decay_steps=None):
 
 
 def power_function_decay(step, width):
-    """Decay after a step, counted from 0, of an average that keeps a relative width, a standard deviation (EDM2 App. C)."""
+    """Decay after a step, counted from 0, of an average of a constant relative width (EDM2 App. C)."""
     gamma = np.roots([1, 7, 16 - width ** -2, 12 - width ** -2]).real.max()
     return (1 - 1 / (step + 1)) ** (gamma + 1)
 

@@ -154,7 +154,7 @@ def posterior_mean(x_t, t, refs, allowed=None):
 def posterior_mean_of_all(x_t, t, own, data, members, flip=False, chunk=2 ** 23):
     """`posterior_mean` over all training images of a sample's class, mirrored ones too if `flip`. -> like x_t
 
-    own (B,): the samples' indices in data; members: `class_members`. Added up by `chunk` numbers, on a GPU 16 times that.
+    own (B,): the samples' indices in data; members: `class_members`; chunk: numbers at a time, on a GPU 16 times that.
     """
     x, t, classes = x_t.flatten(1), t[:, None], data.labels[own]                            # (B, D), (B, 1), (B,)
     labels = classes.to(x.device, non_blocking=True)[:, None]

@@ -109,7 +109,7 @@ def test_bad_statistics_pictures_and_weights_are_named(tmp_path, refused):
         refused(fid, [a, '--against', a, '--inception', weights], 'w.pth')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'cut.bin').write_bytes(b'x' * 3073)
-    for images, words in ('empty', 'empty holds no images'), ('cut.bin', 'is not whole'), ('typo.tar.gz', 'typo.tar.gz'):
+    for images, words in ('empty', 'empty holds no images'), ('cut.bin', 'not whole'), ('typo.tar.gz', 'typo.tar.gz'):
         refused(fid, [tmp_path / images, '--against', a], words)
     refused(fid, [a, '--against', a, '--nmu', '3'], '--nmu')
 
