@@ -85,8 +85,8 @@ class GroupNormFunction(torch.autograd.Function):
         rstd = (var + eps).rsqrt()
         scale = rstd * weight.view(n, -1, 1, 1)
         ctx.save_for_backward(x, mean, rstd, scale)
-        shift = bias.view(n, -1, 1, 1) - mean * scale
         with torch.autocast(x.device.type, enabled=False):      # it would copy x to float32 first
+            shift = torch.addcmul(bias.view(n, -1, 1, 1), mean, scale, value=-1)
             return torch.addcmul(shift, x, scale).flatten(1, 2).to(x.dtype)
 
     @staticmethod
@@ -94,9 +94,9 @@ class GroupNormFunction(torch.autograd.Function):
         x, mean, rstd, scale = ctx.saved_tensors
         grad, n = grad.unflatten(1, x.shape[1:3]), x[0, 0].numel()
         d_bias = grad.sum((3, 4), keepdim=True, dtype=torch.float32)
-        d_weight = rstd * ((grad.float() * x).sum((3, 4), keepdim=True) - mean * d_bias)
+        d_weight = rstd * torch.addcmul((grad.float() * x).sum((3, 4), keepdim=True), mean, d_bias, value=-1)
         along = rstd * (scale * d_weight).sum(2, keepdim=True) / n                              # of x - mean
-        rest = torch.addcmul(mean * along - (scale * d_bias).sum(2, keepdim=True) / n, x, -along)
+        rest = torch.addcmul(mean * along - (scale * d_bias).sum(2, keepdim=True) / n, x, along, value=-1)
         d_x = torch.addcmul(rest, grad, scale).flatten(1, 2).to(x.dtype)
         return d_x, d_weight.sum(0).flatten(), d_bias.sum(0).flatten(), None, None
 
