@@ -989,6 +989,8 @@ def run(main, argv=None):
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
         texts = {torch.OutOfMemoryError: 'out of memory: lower --batch, or split it with --microbatch',
                  KeyboardInterrupt: 'interrupted', UserError: str(error)}
+        if "can't allocate memory" in str(error):               # what a CPU says
+            error = torch.OutOfMemoryError()
         if dist.is_initialized() and (rank() or type(error) not in texts):
             time.sleep(2)               # what is wrong for all is said by the first, which ends the others meanwhile
         if '--debug' in argv or type(error) not in texts:

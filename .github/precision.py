@@ -48,19 +48,23 @@ def emulate(kind, conv=F.conv2d, attention=F.scaled_dot_product_attention):
 
 
 @torch.no_grad()
-def measure(path, stages=9, n=256):
-    """Median over n samples of |u_kind - u_fp32| / |u_fp32|, u = student - target. -> {kind: [of each stage of ECT]}"""
+def measure(path, stages=9, n=256, real=False):
+    """Median over n samples of |u_kind - u_fp32| / |u_fp32|, u = student - target. -> {kind: [of each stage of ECT]}
+
+    real: this machine's own 16 bits instead of the emulated.
+    """
     model = sct.load(path)
     args = common.argparse.Namespace(**model.config)
     data = common.load_data(args, torch.device('cpu'))
     x0, y = data.at(common.batch_indices(len(data.images), n, 0, 0), 'cpu')
     eps = common.randn(x0.shape, 'precision')
     t = sct.upper_level(common.randn((n,), 'precision', 'level'), args.P_mean, args.P_std)
-    net, found = common.network(model, 'fp32'), {kind: [] for kind in KINDS}
+    found = {kind: [] for kind in KINDS}
     for stage in range(stages):
         r, u = sct.lower_level(t, stage), {}
         for kind in 'fp32', *KINDS:
-            emulate(kind)
+            emulate('fp32' if real else kind)
+            net = common.network(model, kind if real else 'fp32')
             student, target = (sct.f(net, x0 + level[:, None, None, None] * eps, level, y) for level in (t, r))
             u[kind] = (student - target).flatten(1)                 # f is the identity at r = 0
         for kind in KINDS:

@@ -273,9 +273,11 @@ def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys)
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     assert code(UserError('no data: connection refused')) == 2
     assert code(torch.OutOfMemoryError('CUDA out of memory. Tried ...')) == 2 and code(KeyboardInterrupt()) == 130
+    assert code(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == 2
     assert capsys.readouterr().err.splitlines() == [
         'no data: connection refused',
-        'out of memory: lower --batch, or split it with --microbatch', 'interrupted']
+        'out of memory: lower --batch, or split it with --microbatch', 'interrupted',
+        'out of memory: lower --batch, or split it with --microbatch']
     for error, argv in [(RuntimeError('shapes do not fit'), ()), (UserError('words'), ('--debug',))]:
         with pytest.raises(type(error), match=str(error)):
             code(error, *argv)

@@ -1,5 +1,6 @@
 """sct.py against the published estimator of the posterior mean (`stf_targets.npz`: Newbeeer/stf), brute force in
 float64, and data whose exact consistency function is known. What is as in the other scripts: test_shared.py."""
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import common
 import sct
-from conftest import Script, all_shapes, analysed, close, draws, exact_mean, model_of, wide
+from conftest import ROOT, Script, all_shapes, analysed, close, draws, exact_mean, model_of, wide
 
 pytestmark = pytest.mark.usefixtures('few_shapes')
 STF = np.load(Path(__file__).parent / 'data/stf_targets.npz')
@@ -191,3 +192,14 @@ def test_wrong_flags_of_sct(refused):
                   '--ref-size some', '--ref-size 0', '--q 1e300', '--weighting some'):
         refused(sct, f'{flags} --out x', flags.split()[0])
     assert not Path('x').exists()
+
+
+def test_rounding_over_distance_doubles_with_each_stage():
+    """By the emulation of .github/precision.py, and by the real bfloat16 as by the emulated one."""
+    assert SCT.train('--ref-size', 1, '--steps', 20, '--ema', 0) == 0
+    spec = importlib.util.spec_from_file_location('precision', ROOT / '.github/precision.py')
+    spec.loader.exec_module(precision := importlib.util.module_from_spec(spec))
+    emulated, real = (np.array(precision.measure(SCT.out, n=64, real=real)['bf16']) for real in (False, True))
+    assert (abs(np.log2(emulated[8] / emulated[4]) - 4) < 0.7) and (abs(np.log2(real / emulated)) < 1).all()
+    fp16, tf32 = (np.array(precision.measure(SCT.out, n=64)[kind]) for kind in ('fp16', 'tf32'))
+    assert (abs(np.log2(emulated / fp16) - 3) < 1).all() and (tf32 < 1.2 * fp16).all()

@@ -37,7 +37,8 @@ def test_functions_of_one_name_are_letter_by_letter_the_same_and_the_loops_alike
     ours, theirs = functions(MODULES[a]), functions(MODULES[b])
     both = (ours.keys() & theirs.keys()) - OF_A_PAPER
     assert len(both) >= 3 and [name for name in both if ours[name] != theirs[name]] == []
-    assert sum(line[0] in '+-' for line in difflib.ndiff(*(of['train'].splitlines() for of in (ours, theirs)))) < 45
+    changed = sum(line[0] in '+-' for line in difflib.ndiff(*(of['train'].splitlines() for of in (ours, theirs))))
+    assert changed <= dict(sct=dict(gc_ct=32, vct=42), gc_ct=dict(vct=30))[a][b]
 
 
 @every
