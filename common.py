@@ -102,11 +102,14 @@ def network(net, precision, cached=True):
 
 
 def microbatches(net, args, step, clock):
-    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout masks."""
+    """Slices of a process's part of the batch, --microbatch at a time, each with a seed for its dropout masks.
+
+    The loop over them runs under autocast as a whole, so that weights are cast once a step.
+    """
     n, dtype, device = args.batch // world_size(), DTYPES[args.precision], next(net.parameters()).device.type
     size = args.microbatch or n
     clock('pairs')
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):     # around all, which keeps the weights' casts
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         for i, at in enumerate(range(0, n, size)):
             if isinstance(net, torch.nn.parallel.DistributedDataParallel):
                 net.require_backward_grad_sync = at + size >= n     # processes average their gradients in the last one
@@ -436,6 +439,13 @@ class Clock:
         print0(f'{rate:.4g} TFLOP/s a process, {rate / best:.1%} of the {best:.4g} of a matrix product in {precision}')
 
 
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts, but for what is damaged or cut short."""
+    for line in Path(path).read_text(errors='replace').splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 class Log:
     """metrics.jsonl with a line for every step, and lines of progress; notices Ctrl-C and SIGTERM."""
 
@@ -449,9 +459,8 @@ class Log:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         if rank() == 0 and args.resume and not args.benchmark and self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b'\n') and json.loads(line)['step'] <= start]
-            write_atomic(self.path, lambda file: file.writelines(kept))             # the rest is done again
+            kept = [json.dumps(line) + '\n' for line in read_metrics(self.path) if line['step'] <= start]
+            write_atomic(self.path, lambda file: file.write(''.join(kept).encode()))            # the rest is done again
 
     def _on_signal(self, *_):
         if self.signal:
@@ -491,7 +500,7 @@ class Log:
             left = datetime.timedelta(seconds=int((self.args.steps - step) * pace))
             print0(f'step {step:,}/{self.args.steps:,}  {text}  {self.args.batch / pace:,.0f} img/s  {left} left')
             self.shown = now
-        if self.stop:
+        if self.stop and not self.args.benchmark:
             print0(f'stopped after step {step:,}; go on: python {self.args.script}.py --resume --out {self.args.out}')
 
     def write(self, line):
@@ -531,11 +540,12 @@ def open_run(args, **parts):
                 part.load_state_dict(state[name])
             step = state['step']
     if args.benchmark:
-        return args.pretrain_steps                              # tuning, not its start, is timed
+        return args.pretrain_steps % args.steps                 # tuning, not its start, is timed
     if rank() == 0:
-        old = [] if args.resume else [*out.glob('*.pt'), *out.glob('samples/*.png'), *out.glob('metrics.jsonl')]
+        replaces = (out / 'config.json').exists() and not args.resume              # else nothing there is ours
+        old = ['*.pt', 'samples/*.png', 'metrics.jsonl'] if replaces else []
         with or_refuse(f'--out {out}'):
-            for path in [*out.glob('*.part'), *old]:
+            for path in [path for pattern in ['*.part', *old] for path in out.glob(pattern)]:
                 path.unlink()
         write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
     return step
@@ -584,6 +594,8 @@ def load_checkpoint(path):
             if candidate == found[-1]:
                 raise
             print0(error)
+
+
 def load_network(make_network, path, device='cpu'):
     """The EMA network of a run (its folder, checkpoint.pt or final.pt), for sampling; its settings are in `.config`."""
     state = load_checkpoint(path)
@@ -635,10 +647,12 @@ def use_run(args, device, load, sample, analyse):
     compile_in_place(args, model)
     sample_fn = functools.partial(sample, model, labels=args.labels)
     if args.analyse:
+        if world_size() > 1:
+            raise UserError('--analyse: with one process')
         analyse(args, model, device)
     elif args.evaluate:
         fid.evaluate(fid.prepare(args, device), args, sample_fn)
-    else:
+    elif rank() == 0:
         n, columns = (args.n, None) if len(args.nfe) == 1 else (min(args.n, 16), min(args.n, 16))
         path = Path(args.out) / f'sample-{"-".join(map(str, args.nfe))}-steps.png'
         save_grid(torch.cat([sample_fn(n, nfe, seed=args.seed) for nfe in args.nfe]), path, columns)
@@ -657,7 +671,7 @@ def show_panels(args, panels, x_name):
 def save_curves(metrics, path):
     """The columns of a metrics.jsonl against the step, one panel each, as a PNG."""
     panels = {}
-    for line in map(json.loads, metrics.read_text().splitlines()):
+    for line in read_metrics(metrics):
         for name, value in line.items():
             if name != 'step' and isinstance(value, (int, float)):
                 panels.setdefault(name, {'': []})[''].append((line['step'], value))
@@ -773,11 +787,15 @@ def _start_copies(args):
 
 def compile_in_place(args, *networks):
     """With --compile: torch.compile, of which the networks' users see nothing but the time of the first calls."""
-    torch._dynamo.config.optimize_ddp = False       # student and teacher as one graph each: the same dropout masks
-    torch._dynamo.config.recompile_limit = 64       # a graph for each batch size and mode; few sizes occur
-    for net in networks if args.compile else []:
-        for module in net, *([net.encoder] if hasattr(net, 'encoder') else []):
-            module.compile(dynamic=False)           # code for one size is faster
+    if args.compile:
+        from torch._functorch import config         # imported here, as that takes seconds
+        torch._dynamo.config.optimize_ddp = False   # student and teacher as one graph each: the same dropout masks
+        torch._dynamo.config.recompile_limit = 64   # a graph for each batch size and mode; few sizes occur
+        if hasattr(config, 'backward_pass_autocast'):
+            config.backward_pass_autocast = 'off'   # as in `backward`
+        for net in networks:
+            for module in net, *([net.encoder] if hasattr(net, 'encoder') else []):
+                module.compile(dynamic=False)       # code for one size is faster
 
 
 def distributed(net, args):
@@ -883,7 +901,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
     add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
     add('--analyse', metavar='CKPT', help="print the paper's diagnostics of this checkpoint or run and stop")
-    add('--n', type=count, metavar='N', help='images that --sample writes')
+    add('--n', type=count, metavar='N', help='images that --sample writes; of several --nfe at most 16')
     add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations; 1, or one a phase')
     add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
     add('--fid-num', type=number(int, 2, 10 ** 7), metavar='N', help='samples that a Fréchet distance is of')
@@ -904,7 +922,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     elif 'resume' in given:
         out = given.get('out', f'runs/{script}-{given.get("dataset", "shapes")}')
         with or_refuse(f'{out} holds no run that can be read'):
-            saved = dict(**json.loads(Path(out, 'config.json').read_text()))
+            saved = json.loads(Path(out, 'config.json').read_text()) | dict(out=out)
     if saved.get('script', script) != script:
         raise UserError(f'that is a run of {saved["script"]}.py, not of {script}.py')
     for name, value in given.items():
@@ -927,7 +945,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     if args.out is None and use:                                # beside what is used
         args.out = use[0] if Path(use[0]).is_dir() else str(Path(use[0]).parent)
     args.out = args.out or f'runs/{script}-{args.dataset}'
-    if 'ema' in given and 'ema_std' not in given:               # the flag that is given wins over the preset
+    if 'ema' in given and 'ema_std' not in given and not saved: # the flag that is given wins over the preset
         args.ema_std = None
     if not saved and 'pretrain_steps' not in given:             # a shorter run has a shorter start
         args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))

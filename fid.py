@@ -227,7 +227,8 @@ def prepare(args, device, data=None):
         data = data or common.load_data(args, device)
         reference = dataset_statistics(data.images, features, kind, data.home)
         against = f'the {reference[2]:,} training images'
-    if kind == 'FID' and args.fid_num == 50_000 and not args.fid_ref and not args.labels:
+    whole = args.resolution == dict(cifar10=32, fmnist=28).get(args.dataset, args.resolution)   # --resolution may shrink
+    if kind == 'FID' and args.fid_num == 50_000 and whole and not args.fid_ref and not args.labels:
         return features, 'FID-50k', reference           # what the literature calls so; other names say what differs
     classes = f'; classes {args.labels} only' if args.labels else ''
     return features, f'{kind} ({args.fid_num:,} images against {against}{classes})', reference
@@ -237,8 +238,7 @@ def evaluate(fid_reference, args, sample_fn):
     """Prints the distances of --fid-num images sample_fn(n, nfe, seed, first), by --nfe. -> {name: distance}"""
     (features, name, reference), found = fid_reference, {}
     for nfe in args.nfe:        # each lot has a seed, whichever process makes it, and classes from number `first` on
-        seed = lambda first: common.key(args.seed, first // LOT)
-        images = lambda first, n: common.to_uint8(sample_fn(n, nfe, seed=seed(first), first=first))
+        images = lambda i, n: common.to_uint8(sample_fn(n, nfe, seed=common.key(args.seed, i // LOT), first=i))
         value = frechet_distance(*measure(args.fid_num, images, features)[:2], *reference[:2])
         common.print0(f'{name}, {nfe} step{"s" * (nfe > 1)}: {value:.4f}')
         found[f'{name}, {nfe} step'] = value

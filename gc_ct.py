@@ -280,8 +280,8 @@ def train(args):
     net = initial_network(args, device, tunes=args.schedule == 'ect')
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     sample_fn = functools.partial(sample, ema, labels=args.labels)
-    evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     optimizer = common.make_optimizer(args, net, Lion=Lion)
+    evaluate = functools.partial(fid.evaluate, fid.prepare(args, device, data), args, sample_fn)    # fail early
     start = common.open_run(args, net=net, ema=ema, optimizer=optimizer)
     common.compile_in_place(args, net, ema)
     wrapped = common.distributed(net, args)

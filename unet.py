@@ -90,6 +90,7 @@ class GroupNormFunction(torch.autograd.Function):
             return torch.addcmul(shift, x, scale).flatten(1, 2).to(x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, mean, rstd, scale = ctx.saved_tensors
         grad, n = grad.unflatten(1, x.shape[1:3]), x[0, 0].numel()

@@ -8,7 +8,7 @@ shapes="--steps 10000 --eval-every 1000 --save-every 1000"
 cifar10="--dataset cifar10 --resolution 16 --width 32 --mults 1,1,2 --blocks 1 --attn-resolutions 0 --fid-features pixels
          --fid-num 2000 --steps 5000 --eval-every 500 --save-every 1000"
 same="--batch 32 --dropout 0 --optimizer Adam --betas 0.9,0.999 --lr-decay 100 --ema 0.995 --nfe 1,2
-      --sample-every 5000"
+      --sample-every 5000 --no-flip"
 ict="--s0 10 --s1 160" ect="--init none --pretrain-steps 1000 --stages 5"      # VC: as the others no clipping, |u|
 declare -A flags=(
   [iCT]="gc_ct.py --coupling ic $ict --ema-every 1" [OT]="gc_ct.py --coupling ot $ict --ema-every 1"
@@ -19,6 +19,7 @@ declare -A flags=(
   [ECM+VC]="vct.py --base ecm $ect --encoder-width 16 --clip 0 --beta 3")
 declare -A rate=([shapes-iCT]=1e-3 [shapes-ECT]=1e-3 [cifar10-iCT]=1e-3 [cifar10-ECT]=1e-3)    # see RESULTS.md
 
+mkdir -p runs/compare
 for seed in $seeds; do
   for set in $data; do
     for method in $methods; do

@@ -320,3 +320,13 @@ def test_help_shows_the_settings_in_force(script, capsys):
     text = capsys.readouterr().out
     assert f'[{script.module.PRESETS["cifar10"]["steps"]}]' in text and '[77]' in text and 'arxiv.org/abs/' in text
     assert len(re.findall(r'^(\w[\w ]*):$', text, re.M)) == 6
+
+
+def test_files_in_a_folder_that_held_no_run_are_left_alone_and_a_moved_run_goes_on(script):
+    Path('mine').mkdir()
+    Path('mine/mine.pt').write_text('weights')
+    assert script.train('--out', 'mine', '--steps', 2, '--save-every', 1) == 0 and Path('mine/mine.pt').exists()
+    Path('mine').rename('moved')
+    assert script.run('--resume', '--out', 'moved', '--steps', 3) == 0 and not Path('mine').exists()
+    assert [line['step'] for line in steps('moved')] == [1, 2, 3]
+    assert script.train('--pretrain-steps', 4, '--benchmark', 1) == 0           # of the diffusion model, if that is all

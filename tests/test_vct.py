@@ -3,7 +3,6 @@ What is as in the other scripts: test_shared.py."""
 import argparse
 import gzip
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
