@@ -227,7 +227,7 @@ def prepare(args, device, data=None):
         data = data or common.load_data(args, device)
         reference = dataset_statistics(data.images, features, kind, data.home)
         against = f'the {reference[2]:,} training images'
-    whole = args.resolution == dict(cifar10=32, fmnist=28).get(args.dataset, args.resolution)   # --resolution may shrink
+    whole = args.resolution == dict(cifar10=32, fmnist=28).get(args.dataset, args.resolution)   # not shrunk
     if kind == 'FID' and args.fid_num == 50_000 and whole and not args.fid_ref and not args.labels:
         return features, 'FID-50k', reference           # what the literature calls so; other names say what differs
     classes = f'; classes {args.labels} only' if args.labels else ''

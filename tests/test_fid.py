@@ -122,9 +122,10 @@ def test_only_the_real_thing_is_called_fid_50k(monkeypatch, tmp_path):
     data, path = argparse.Namespace(images=random_images(2000), home=None), str(tmp_path / 's.npz')
     np.savez(path, mu=np.zeros(48), sigma=np.eye(48), n=50_000)
     plain = dict(evaluate='run', data_dir='data', inception=None, fid_features='inception', fid_num=50_000,
-                 fid_ref=None, labels=None)
+                 fid_ref=None, labels=None, dataset='cifar10', resolution=32)
     for kind, flags, name in [
             ('FID', {}, 'FID-50k'),
+            ('FID', dict(resolution=16), 'FID (50,000 images against the 2,000 training images)'),
             ('FID', dict(fid_num=2_000), 'FID (2,000 images against the 2,000 training images)'),
             ('FID', dict(fid_ref=path), f'FID (50,000 images against {path})'),
             ('FID', dict(labels=[1]), 'FID (50,000 images against the 2,000 training images; classes [1] only)'),
