@@ -688,8 +688,9 @@ def save_plot(panels, path, x_name):
     inks = ['#1f5fbf', '#d1541a', '#2a8c3c', '#8a3fa8', '#888888']
     for row, (title, curves) in enumerate(panels.items()):
         parts = {name: np.array_split(points, min(len(points), 200)) for name, points in curves.items()}
-        curves = {name: np.array([part.mean(0) for part in parts[name]]) for name in curves}        # (n, 2 or 3) each
-        low, high = (end([end(curve[:, :2], 0) for curve in curves.values()], 0) for end in (np.min, np.max))
+        curves = {name: np.array([[*part.mean(0), 0.0][:3] for part in parts[name]]) for name in curves}    # x, y, d
+        ends = np.concatenate([c[:, :2] + c[:, 2:] * (0, sign) for c in curves.values() for sign in (-1, 1)])
+        low, high = ends.min(0), ends.max(0)
         logs = x_name == 'sigma', bool(low[1] > 0 and high[1] > 20 * low[1])
         scale = lambda v: np.where(logs, np.log(np.maximum(v, 1e-30)), v)
         share = lambda v: (scale(v) - scale(low)) / np.maximum(scale(high) - scale(low), 1e-30)
@@ -702,9 +703,11 @@ def save_plot(panels, path, x_name):
             draw.text((x, bottom + 8), f'{x_value:,.5g}', 'black', font, anchor=anchor)
             draw.text((left - 6, y), f'{y_value:.4g}', 'black', font, anchor='rm')
         for i, (name, curve) in enumerate(curves.items()):
-            for x, y, *d in curve:
-                draw.line(pixels([(x, y - sum(d)), (x, y + sum(d))]), inks[i], 1)
+            for x, y, d in curve:
+                draw.line(pixels([(x, y - d), (x, y + d)]), inks[i], 1)
             draw.line(pixels(curve[:, :2]), inks[i], 2)
+            x, y = pixels(curve[-1:, :2])[0]
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], inks[i])                     # shows a single point, too
             draw.text((right - 94 * (len(curves) - i), top - 8), name, inks[i], font, anchor='ls')
     write_atomic(path, lambda file: sheet.save(file, 'PNG'))
 

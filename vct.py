@@ -408,6 +408,7 @@ def add_flags(add, number):
     add('--kernel', choices=['ve', 'li'], help='path from image to noise: x0 + t eps, or (1 - t/sigma_max) x0 + t eps')
     add('--coupling', choices=['independent', 'ot', 'vc'], help='of image and noise')
     add('--encoder', choices=['small', 'big'], help='vc: one or two residual blocks per resolution')
+    add('--encoder-width', type=number(int, 8, 8192), metavar='N', help='vc: its channels at multiplier 1')
     add('--beta', type=number(float, 0), metavar='X', help='vc: weight of the KL term, over the last pair of levels')
     add('--huber', choices=['elementwise', 'vector'], help='pseudo-Huber distance: of every number, or of the vector')
     add('--clip', type=number(float, 0), metavar='X', help='longest gradient, 0: any; 200 for vc if not given')

@@ -69,8 +69,8 @@ def draw(data):
                 panel = panels[f'{data}: {base}, {nfe} step{"s" * (nfe > 1)}'] = {}
                 for method in methods:
                     runs = [curves[nfe] for curves in distances(data, method).values()]
-                    pace = 1 if x_name == 'steps' else seconds(data, method)
                     if runs:
+                        pace = 1 if x_name == 'steps' else seconds(data, method)
                         points = [(step, [run[i][1] for run in runs]) for i, (step, _) in enumerate(runs[0])]
                         panel[method] = [(step * pace, statistics.mean(d), statistics.pstdev(d)) for step, d in points]
         common.save_plot(panels, HERE / f'compare-{data}-{x_name}.png', x_name)
