@@ -412,7 +412,10 @@ class Clock:
         n, batch, precision = self.args.benchmark, self.args.batch, self.args.precision
         cuda, begin = self.device.type == 'cuda', time.perf_counter()
         if not n:
-            yield from range(start, self.args.steps)
+            for step in range(start, self.args.steps):
+                yield step
+                if self.args.compile and step == start:
+                    print0(f'the first step, and compiling for it: {time.perf_counter() - begin:.0f} s')
             return
         with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
             yield start                                         # eager: the counter does not see into compiled code

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_published_numbers(name, network, way):
     layout = torch.contiguous_format if way == 'plain' else torch.channels_last
     net = named_weights(net).eval().to(memory_format=layout)
     if way == 'compiled':
-        common.compile_in_place(net)
+        common.compile_in_place(SimpleNamespace(compile=True), net)
     x = torch.from_numpy(golden['x']).contiguous(memory_format=layout).requires_grad_()
     labels = torch.from_numpy(golden['class_labels']) if 'class_labels' in golden else None
     out = net(x, torch.from_numpy(golden['noise_labels']), labels)
@@ -52,7 +53,7 @@ def test_published_numbers(name, network, way):
 def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
     """At r = t both see the same image: with equal masks the loss is 0, with a mask of the teacher's own it is not."""
     net = named_weights(SongUNet(**SMALL | dict(channel_mult=[1], attn_resolutions=[], dropout=0.5)))
-    common.compile_in_place(net)
+    common.compile_in_place(SimpleNamespace(compile=True), net)
     t, x = torch.tensor([0.5, 4.0]), torch.randn(2, 3, 8, 8)
     loss = lambda: sct.loss(common.network(net, 'fp32'), x_t=x, t=t, x_r=x, r=t, weighting='edm', seed=1)
     value = loss()
