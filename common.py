@@ -313,7 +313,9 @@ def fmnist(root):
             if not path.exists():                   # gzip has a checksum of its own, and packings differ in MD5
                 download(f'{FMNIST_URL}/{name}', path, 'md5', md5)
             parts.append(torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8))
-        return Data(parts[0][16:].view(len(parts[1]) - 8, 1, 28, 28), parts[1][8:].long(), 10, root)    # after headers
+        images, labels = parts[0][16:], parts[1][8:].long()                                     # after the headers
+        assert parts[0][:4].tolist() == [0, 0, 8, 3] and labels.max() <= 9, 'damaged'           # bytes, three axes
+        return Data(images.view(len(labels), 1, 28, 28), labels, 10, root)
 
 
 IMAGE_FILES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.ppm', '.pgm', '.gif', '.tif', '.tiff')
@@ -787,7 +789,8 @@ def _start_copies(args):
             copy.wait()
     code = min(filter(None, codes), default=0)              # one that was killed is the cause, not those that miss it
     if code < 0:
-        print(f'a process was ended by {signal.Signals(-code).name}; the others with it', file=sys.stderr)
+        cause = signal.Signals(-code).name
+        print(f'process {codes.index(code)} of {args.gpus} was ended by {cause}; the others with it', file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
@@ -951,7 +954,9 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     if args.out is None and use:                                # beside what is used
         args.out = use[0] if Path(use[0]).is_dir() else str(Path(use[0]).parent)
     args.out = args.out or f'runs/{script}-{args.dataset}'
-    if 'ema' in given and 'ema_std' not in given and not saved: # the flag that is given wins over the preset
+    if 'ema' in given and not saved:                            # the flag that is given wins over the preset
+        if 'ema_std' in given:
+            raise UserError('--ema and --ema-std: one of them')
         args.ema_std = None
     if not saved and 'pretrain_steps' not in given:             # a shorter run has a shorter start
         args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))
@@ -1011,16 +1016,19 @@ def run(main, argv=None):
     except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
         return stop.code or 0
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
-        texts = {torch.OutOfMemoryError: 'out of memory: lower --batch, or split it with --microbatch',
-                 KeyboardInterrupt: 'interrupted', UserError: str(error)}
-        if "can't allocate memory" in str(error):               # what a CPU says
-            error = torch.OutOfMemoryError()
-        if dist.is_initialized() and (rank() or type(error) not in texts):
-            time.sleep(2)               # what is wrong for all is said by the first, which ends the others meanwhile
-        if '--debug' in argv or type(error) not in texts:
+        code, text = 2, str(error)
+        if isinstance(error, KeyboardInterrupt):
+            code, text = 130, 'interrupted'
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:      # of a GPU, of a CPU
+            text = 'out of memory: lower --batch, or split it with --microbatch'
+        elif isinstance(error, RuntimeError):
+            if not dist.is_initialized() or not re.search('connection|gloo|nccl|peer', text, re.IGNORECASE):
+                raise
+            code, text = 1, 'another process of this run has ended'
+        if '--debug' in argv:
             raise
-        print(texts[type(error)], file=sys.stderr)
-        code = 130 if isinstance(error, KeyboardInterrupt) else 2
+        time.sleep(2 * bool(rank()))    # what is wrong for all is said by the first, which ends the others meanwhile
+        print(' '.join(text.split()), file=sys.stderr)
     if dist.is_initialized() and os.environ.get('WATCH_STDIN'):     # a copy: gloo's threads may abort an orderly exit
         sys.stdout.flush()
         os._exit(code)

@@ -13,8 +13,7 @@ SCT averages over references x^(i) ~ p(x0 | y), x0 among them, instead (Sec. 4.1
     w_i = softmax_i( -|x_t - x^(i)|² / (2 t²) ),   x0_hat = sum_i w_i x^(i)
     eps_hat = (x_t - x0_hat) / t,                  x_r = x0_hat + r eps_hat        and the target is x0_hat where r = 0
 
-`--schedule` shrinks the gap between t and r. `--phases` cuts the levels into segments with a boundary each, for as many
-deterministic sampling steps, which land just below each edge (`--eta`). `--guide`: an earlier, weaker average guides.
+The rest: a smooth schedule of the gap [2], phases with edge-skipping [3], guidance by an earlier, weaker average.
 
     python sct.py                                                 # ten shapes, some five minutes on two CPU cores
     python sct.py --dataset cifar10 --gpus 8                      # the paper's setting
@@ -23,12 +22,10 @@ deterministic sampling steps, which land just below each edge (`--eta`). `--guid
 Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`[n]` in the code):
 [1] References: `all`, the training set (best in the paper's Fig. 4); `batch`, the global minibatch; or N, drawn anew in
     each step. With labels, of the image's own class: in ImageNet's batches of 128, 88 % are alone, which is ECT.
-[2] Our readings: of "smoother", `--schedule smooth`: ECT's stage grows continuously, to one beyond its last; of
-    "smooth weighting function", `--weighting t`: 1 / t, which does not grow as the gap shrinks.
+[2] Our readings of "smoother": ECT's stage grows continuously, to one beyond its last; of "smooth weighting": 1 / t.
 [3] Phases, our reading, after Wang et al. 2024 (arXiv 2405.18407): edges at rho 7 (EDM Eq. 5); r >= s, the lower edge
     of t's phase; the loss compares the points x_s = f + s (x_t - f) / t that two predictions reach there.
-[4] `--pretrain-steps` first trains the diffusion model that tuning starts from, with EDM's levels, weight and ramp of
-    the average (without it, part of that is random), and regressed to the posterior mean, too.
+[4] `--pretrain-steps` first trains the diffusion model to be tuned: EDM's levels, weight and averaging, towards x0_hat.
 [5] The boundary is m = 0 in training, so that a diffusion model is a valid start, and 0.002 in sampling (ECT: 0.003,
     ImageNet 0), which adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
 [6] ImageNet-64: fp32 and one average, of width 0.10; ECT: TF32, four. FID of equal shares of classes; ECT: random.
@@ -46,9 +43,9 @@ from unet import EDM2_WIDTHS, URLS, initial_network, make_network
 
 # 1. Presets: what `--dataset NAME` stands for. Every entry that has a flag can be set by it.
 
-ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps
+ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps, on DDPM++
     arch='songunet', dropout_res=None, cond=False, flip=False, checkpoint=None, pretrain_steps=0,
-    ref_size='all', phases=1, edges=None, eta=1.0, guidance=1.5, keep_ema=None,
+    ref_size='all', phases=1, edges=None, eta=1.0, guidance=None, keep_ema=None,
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation
     q=2.0, k=8.0, b=1.0, stages=8, schedule='smooth',       # the gap between t and r: see `lower_level`, `stage_at`
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), 1 / t or EDM's lambda(t)
@@ -60,9 +57,8 @@ PRESETS = {
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, attn_resolutions=[], dropout=0.0, cond=True,
         batch=32, steps=2400, pretrain_steps=300, stages=3, optimizer='Adam', lr=1e-3, lr_decay=100, ema=0.998,
         save_every=500, sample_every=200, eval_every=2400, fid_features='pixels', fid_num=2000),
-    'cifar10': ECT | dict(      # DDPM++
-        resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
-        checkpoint=URLS['cifar10'])}
+    'cifar10': ECT | dict(resolution=32, width=128, mults=[2, 2, 2], blocks=4, attn_resolutions=[16], dropout=0.2,
+                          checkpoint=URLS['cifar10'])}
 PRESETS['fmnist'] = PRESETS['cifar10'] | dict(resolution=28, width=64, attn_resolutions=[14], checkpoint=None)  # ours
 PRESETS['folder'] = PRESETS['cifar10'] | dict(resolution=None, checkpoint=None)                         # your pictures
 for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), ('XL', 7e-4, 0.5)]:     # ECT's, on EDM2
@@ -269,6 +265,8 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
         raise common.UserError('--guide: a model of other classes or of another size')
     edges = phase_edges(config['phases'], config['edges'])
     levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [5]
+    if config['phases'] not in (1, nfe):
+        raise common.UserError(f'--nfe {nfe}: a model of {config["phases"]} phases takes as many evaluations')
     if config['phases'] > 1:
         levels = [SIGMA_MAX, *((config['eta'] if eta is None else eta) * s for s in edges[-2:0:-1])]
     elif nfe == 2:
@@ -383,14 +381,13 @@ def analyse(args, model, device):
                 r = r.maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
                 x_t = x0 + level * common.randn(x0.shape, args.seed, j, 'analyse', device=device)
                 x0_hat = estimate_x0(args, j, data, members, index, x0, x_t, t)
-                exact = posterior_mean_of_all(x_t, t, index, data, members, args.flip)
-                error += (x0_hat - exact).square().mean().item() / 8
+                error += (x0_hat - posterior_mean_of_all(x_t, t, index, data, members, args.flip)).square().mean()
                 value = loss(net, x_t, t, at_level(x0_hat, x_t, level, r[0]), r, y, **loss_settings(args)).mean()
                 found = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
                 gradients.append(torch.cat([g.flatten() for g in found]))
             noise = sum((a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])) / 4
             noise = (noise / torch.stack(gradients).mean(0).norm()).item()
-            for columns, value in zip(tables.values(), (error, noise)):
+            for columns, value in zip(tables.values(), (error.item() / 8, noise)):
                 columns.setdefault(size, []).append((level, value))
     common.show_panels(args, tables, 'sigma')
 
@@ -414,10 +411,13 @@ def add_flags(add, number):
 def main(argv):
     """`python sct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('sct', __doc__, PRESETS, add_flags, argv, free='eta guide guidance keep_ema')
-    if args.phases > 1 or not args.nfe:
-        args.nfe = [args.phases]
+    args.nfe = args.nfe or [args.phases]
+    if args.phases > 1 and args.nfe != [args.phases]:
+        raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
+    if (args.guide is None) != (args.guidance is None) or args.guide and not args.use:
+        raise common.UserError('--guide is for --sample and --evaluate, with --guidance: how far to go from that model')
     if not args.use:
         return train(args)
     device = common.start(args)

@@ -1,13 +1,16 @@
 """Shared by all tests: the scripts on the path, a command runner, and real data where it is at hand."""
+import contextlib
 import functools
 import importlib
 import inspect
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +175,31 @@ def after_step(signals):
 
 def stop(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
+
+
+def start(name, cwd, *flags):
+    return subprocess.Popen([sys.executable, str(ROOT / f'{name}.py'), *map(str, flags)], cwd=cwd, text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def endless(name, gpus, data, cwd):
+    process, metrics = start(name, cwd, *data, *Script(name).small, '--steps', 100_000, '--device', 'cpu', '--gpus',
+                             gpus, '--out', 'run'), cwd / 'run/metrics.jsonl'
+    while not (metrics.exists() and metrics.read_text().count('\n') > 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    return process
+
+
+@contextlib.contextmanager
+def room(size):
+    """No file may grow beyond `size` bytes: as on a disk that is nearly full."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def lines(out):

@@ -1,11 +1,9 @@
 """common.py: keyed randomness, steps, data in all its forms and faults, files, log, pictures, errors."""
 import collections
-import contextlib
 import hashlib
 import http.server
 import io
 import json
-import resource
 import tarfile
 import threading
 import zipfile
@@ -22,7 +20,7 @@ import common
 import sct
 import unet
 from common import UserError
-from conftest import lines, picture
+from conftest import lines, picture, room
 
 CPU = torch.device('cpu')
 
@@ -225,17 +223,6 @@ def test_real_data_sets(name, read, size, first, real):
     assert data.labels[:5].tolist() == first and 60 < data.images[:1000].float().mean() < 130
 
 
-@contextlib.contextmanager
-def room(size):
-    """No file may grow beyond `size` bytes: as on a disk that is nearly full."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-
 def test_many_images_are_mapped_from_a_file_which_follows_the_folder(tmp_path, monkeypatch):
     folder = tmp_path / 'pictures'
     paths = [picture(folder / f'{i}.png', seed=i) for i in range(5)]
@@ -271,11 +258,12 @@ def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys)
     def code(error, *argv):
         return common.run(lambda _: (_ for _ in ()).throw(error), list(argv))
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
-    assert code(UserError('no data: connection refused')) == 2
+    assert code(UserError('no data:\nconnection refused')) == 2
+    assert code(RuntimeError('Connection closed by peer [127.0.0.1]')) == 1
     assert code(torch.OutOfMemoryError('CUDA out of memory. Tried ...')) == 2 and code(KeyboardInterrupt()) == 130
     assert code(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == 2
     assert capsys.readouterr().err.splitlines() == [
-        'no data: connection refused',
+        'no data: connection refused', 'another process of this run has ended',
         'out of memory: lower --batch, or split it with --microbatch', 'interrupted',
         'out of memory: lower --batch, or split it with --microbatch']
     for error, argv in [(RuntimeError('shapes do not fit'), ()), (UserError('words'), ('--debug',))]:

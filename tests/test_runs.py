@@ -21,7 +21,7 @@ import common
 import fid
 import sct
 import vct
-from conftest import ROOT, SCRIPTS, TUNING, Script, all_shapes, lines, same, stop, weights
+from conftest import ROOT, SCRIPTS, TUNING, Script, all_shapes, endless, lines, same, stop, weights
 
 
 def steps(out):
@@ -214,20 +214,6 @@ def test_the_first_copy_that_fails_ends_the_others(signals, tmp_path, monkeypatc
     begin = time.monotonic()
     assert Script('sct').train('--gpus', 2, '--device', 'cpu', '--out', tmp_path / 'x') == 3
     assert time.monotonic() - begin < 30
-
-
-def start(name, cwd, *flags):
-    return subprocess.Popen([sys.executable, str(ROOT / f'{name}.py'), *map(str, flags)], cwd=cwd, text=True,
-                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def endless(name, gpus, data, cwd):
-    process, metrics = start(name, cwd, *data, *Script(name).small, '--steps', 100_000, '--device', 'cpu', '--gpus',
-                             gpus, '--out', 'run'), cwd / 'run/metrics.jsonl'
-    while not (metrics.exists() and metrics.read_text().count('\n') > 2):
-        assert process.poll() is None
-        time.sleep(0.1)
-    return process
 
 
 @pytest.mark.parametrize('number, gpus', [('SIGINT', 2), ('SIGTERM', 1)])

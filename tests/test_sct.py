@@ -141,6 +141,8 @@ def test_phased_sampling_follows_the_exact_flow(phases):
     model.config['eta'] = 0.7                                                   # the run's own
     sct.sample(model, 4, phases)
     close(asked, [80 if s == 80 else eta * s for eta in (0.5, 0.7) for s in sct.phase_edges(phases)[:0:-1]])
+    with pytest.raises(common.UserError, match='phases'):
+        sct.sample(model, 4, phases + 1)
 
 
 def test_guidance():
@@ -160,7 +162,9 @@ def test_an_earlier_average_is_kept_and_guides(refused):
     plain, one, two = ((Path(name) / 'sample-1-steps.png').read_bytes() for name in ('plain', 'one', 'two'))
     assert plain == one != two
     refused(sct, f'--sample {SCT.out} --guide other --guidance 2', '--guide', 'other classes')
+    refused(sct, f'--sample {SCT.out} --guide {SCT.out}', '--guidance')
     refused(sct, f'--sample {SCT.out} --guide nowhere.pt --guidance 2', 'nowhere.pt')
+    refused(sct, '--guide other --guidance 2 --out x', '--guide is for --sample')
 
 
 def test_analysis_prints_the_variance_of_target_and_gradient(monkeypatch, capsys):
@@ -188,7 +192,7 @@ def test_analysis_prints_the_variance_of_target_and_gradient(monkeypatch, capsys
 
 
 def test_wrong_flags_of_sct(refused):
-    for flags in ('--edges 3,4 --phases 2', '--edges 4,3 --phases 3', '--eta 1.5', '--keep-ema 0',
+    for flags in ('--edges 3,4 --phases 2', '--edges 4,3 --phases 3', '--nfe 1 --phases 2', '--eta 1.5', '--keep-ema 0',
                   '--ref-size some', '--ref-size 0', '--q 1e300', '--weighting some'):
         refused(sct, f'{flags} --out x', flags.split()[0])
     assert not Path('x').exists()

@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import common
-from conftest import SCRIPTS, Script, lines, same, stop, weights
-from test_common import room
-from test_runs import endless, start
+from conftest import SCRIPTS, Script, endless, lines, room, same, start, stop, weights
 
 
 @pytest.mark.slow
@@ -56,7 +54,7 @@ def test_a_dead_process_ends_the_others(victim, few_pictures, tmp_path):
     os.kill(copies[1] if victim == 'a copy' else process.pid, signal.SIGKILL)
     error = process.communicate(timeout=20)[1]
     assert 'Traceback' not in error and process.returncode == (-9 if victim == 'the launcher' else 137)
-    assert victim == 'the launcher' or 'a process was ended by SIGKILL' in error
+    assert victim == 'the launcher' or 'process 1 of 2 was ended by SIGKILL' in error
     end = time.monotonic() + 20
     while any(Path(f'/proc/{copy}/exe').exists() for copy in copies) and time.monotonic() < end:
         time.sleep(0.1)
