@@ -87,7 +87,8 @@ class GroupNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, scale)
         with torch.autocast(x.device.type, enabled=False):      # it would copy x to float32 first
             shift = torch.addcmul(bias.view(n, -1, 1, 1), mean, scale, value=-1)
-            return torch.addcmul(shift, x, scale).flatten(1, 2).to(x.dtype)
+            y = torch.addcmul(shift, x, scale).to(x.dtype)
+        return y.flatten(1, 2)          # as the last, a cast that changes nothing: torch 2.11 compiles gradients of 0
 
     @staticmethod
     @torch.autograd.function.once_differentiable
