@@ -17,14 +17,14 @@ declare -A flags=(
   [ECT]="sct.py --ref-size 1 --schedule ect $ect" [SCT]="sct.py --ref-size all --schedule smooth $ect"
   [ECT+GC]="gc_ct.py --schedule ect --coupling gc --mu 0.3 $ect --ema-every 1"
   [ECM+VC]="vct.py --base ecm $ect --encoder-width 16 --clip 0 --beta 3")
-declare -A rate=([shapes-iCT]=2e-3 [shapes-ECT]=1e-3 [cifar10-iCT]=1e-3 [cifar10-ECT]=1e-3)    # see RESULTS.md
+declare -A rate=([iCT]=2e-3 [ECT]=2e-3)           # the best of three on `shapes`, see RESULTS.md
 
 mkdir -p runs/compare
 for seed in $seeds; do
   for set in $data; do
     for method in $methods; do
       base=iCT; [[ $method =~ EC|SCT ]] && base=ECT
-      lr=${LR:-${rate[$set-$base]}}
+      lr=${LR:-${rate[$base]}}
       out=runs/compare/$set-$method-$seed${LR:+-$LR}
       echo python ${flags[$method]} ${!set} $same --lr $lr --seed $seed $MORE --out $out "\$(test -e $out && echo --resume) >> $out.log"
     done

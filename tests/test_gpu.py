@@ -39,14 +39,17 @@ def on(device, net, values):
     return net.to(device, memory_format=torch.channels_last), [value.to(device) for value in values]
 
 
+@pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('precision', PRECISIONS)
 @both
-def test_losses_and_gradients_are_those_of_the_cpu(kind, precision, monkeypatch):
+def test_losses_and_gradients_are_those_of_the_cpu(kind, precision, compiled, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', precision == 'tf32')
     torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
     found = {}
     for device, arithmetic in (('cpu', 'fp32'), (GPU, precision)):
         net, values = on(device, make(kind), batch())
+        if compiled and device == GPU:
+            net.compile(dynamic=False)
         loss = sct.loss(common.network(net, arithmetic), *values)
         loss.mean().backward()
         norm = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm()
