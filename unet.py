@@ -447,8 +447,9 @@ def named_tensors(module, prefix=''):
     for group in '_parameters', '_buffers', '_modules':
         for name, value in module.pop(group, {}).items():           # pop: 60 parts may refer to each other 2^60 times
             if isinstance(value, Stored):
-                (dtype, _, numbers), offset, size, stride = value   # as_strided refuses what is not within its storage
-                p = torch.frombuffer(numbers or bytearray(8), dtype=dtype).as_strided(size, stride, offset)
+                (dtype, _, numbers), offset, size, stride = value
+                flat = torch.frombuffer(numbers or bytearray(8), dtype=dtype)
+                p = flat.narrow(0, offset, len(flat) - offset).as_strided(size, stride)     # refuses what lies outside
                 yield prefix + name, p.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             elif isinstance(value, dict):
                 yield from named_tensors(value, f'{prefix}{name}.')
