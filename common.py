@@ -799,7 +799,7 @@ def compile_in_place(args, *networks):
     if args.compile:
         from torch._functorch import config         # imported here, as that takes seconds
         torch._dynamo.config.optimize_ddp = False   # student and teacher as one graph each: the same dropout masks
-        torch._dynamo.config.recompile_limit = 64   # a graph for each batch size and mode; few sizes occur
+        torch._dynamo.config.cache_size_limit = 64  # a graph for each batch size and mode; few sizes occur
         if hasattr(config, 'backward_pass_autocast'):
             config.backward_pass_autocast = 'off'   # as in `backward`
         for net in networks:
