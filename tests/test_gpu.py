@@ -39,7 +39,7 @@ def on(device, net, values):
     return net.to(device, memory_format=torch.channels_last), [value.to(device) for value in values]
 
 
-@pytest.mark.parametrize('precision, compiled', [*((name, False) for name in PRECISIONS), ('fp32', True), ('bf16', True)])
+@pytest.mark.parametrize('precision, compiled', [*((p, False) for p in PRECISIONS), ('fp32', True), ('bf16', True)])
 @both
 def test_losses_and_gradients_are_those_of_the_cpu(kind, precision, compiled, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', precision == 'tf32')
