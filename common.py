@@ -357,15 +357,16 @@ def image_folder(root, resolution=None):
             return np.asarray(image).transpose(2, 0, 1)
 
     # In threads, as decoding runs outside Python's lock.
-    decoded = lambda: progress(concurrent.futures.ThreadPoolExecutor().map(load, files), f'reading {root}', len(files))
+    pool, parts = concurrent.futures.ThreadPoolExecutor(), [files[i:i + 4096] for i in range(0, len(files), 4096)]
+    decoded = progress((image for part in parts for image in pool.map(load, part)), f'reading {root}', len(files))
     shape = (len(files), 3, side, side)
     if math.prod(shape) <= MAPPED:
-        images = np.array(list(decoded()))
+        images = np.array(list(decoded))
     else:
         stamp = hashlib.sha256(repr([(name, sizes[name]) for name in files]).encode()).hexdigest()[:12]
         path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
         if not path.exists():
-            write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded()))
+            write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded))
         with or_refuse(f'{path} cannot be used (delete it and it is made anew)'):
             images = np.memmap(path, np.uint8, 'c', shape=shape)
 
@@ -410,7 +411,7 @@ class Clock:
             self.last = now
 
     def steps(self, start):
-        """The numbers of the steps to do. Of those of --benchmark the first counts operations, the second warms up."""
+        """The numbers of the steps to do. Of those of --benchmark the first counts operations, others warm up."""
         n, batch, precision = self.args.benchmark, self.args.batch, self.args.precision
         cuda, begin = self.device.type == 'cuda', time.perf_counter()
         if not n:
@@ -421,11 +422,12 @@ class Clock:
             return
         with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
             yield start                                         # eager: the counter does not see into compiled code
-        yield start + 1
-        print0(f'two first steps: {time.perf_counter() - begin:.1f} s')
+        begun = start + (6 if self.args.compile else 2)         # GC's batches of endpoints are compiled by size
+        yield from range(start + 1, begun)
+        print0(f'the first {begun - start} steps: {time.perf_counter() - begin:.1f} s')
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        for step in range(start + 2, start + 2 + n):
+        for step in range(begun, begun + n):
             self.last = time.perf_counter()
             yield step
             self('update')
@@ -473,9 +475,9 @@ class Log:
         self.signal = True
 
     def due(self, step, every):
-        """Whether step number `step` is one of every so many, or the last; never when the run is asked to stop."""
+        """Whether step number `step` is one of every so many, or the last; the last alone if the run is to stop."""
         at_end = every and (step % every == 0 or step == self.args.steps)
-        return at_end and not (self.args.benchmark or self.stop)
+        return at_end and not self.args.benchmark and (not self.stop or step == self.args.steps)
 
     def step(self, step, **values):
         """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
@@ -558,7 +560,7 @@ def open_run(args, **parts):
 
 def write_atomic(path, write, previous=None):
     """`write(file)` fills a file that then takes the name `path`, whole; the one there before becomes `previous`."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')            # another run may make the same file
+    part = path.with_name(f'{path.name}.{os.uname().nodename}.{os.getpid()}.part')      # others may make the same file
     with or_refuse(f'{path} could not be written'):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -804,7 +806,7 @@ def compile_in_place(args, *networks):
             config.backward_pass_autocast = 'off'   # as in `backward`
         for net in networks:
             for module in net, *([net.encoder] if hasattr(net, 'encoder') else []):
-                module.compile(dynamic=False)       # code for one size is faster
+                module.compile(dynamic=False if next(net.parameters()).is_cuda else None)   # for one size: faster
 
 
 def distributed(net, args):
@@ -942,14 +944,6 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     preset = presets.get((known['dataset'], known.get(switch)), presets[known['dataset']])
     flags = {action.dest: False if action.nargs == 0 else None for action in parser._actions}
     args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=use[0] if use else None)
-    if args.help:
-        for action in parser._actions:
-            value = getattr(args, action.dest)
-            if value is not None and action.nargs != 0:
-                action.help += f' [{str(value).strip("[]")}]'.replace('%', '%%')
-        parser.print_help()
-        sys.exit()
-
     args.script, args.argv = script, list(argv)
     if args.out is None and use:                                # beside what is used
         args.out = use[0] if Path(use[0]).is_dir() else str(Path(use[0]).parent)
@@ -967,9 +961,16 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     if args.pretrain_steps > args.steps:
         raise UserError(f'--pretrain-steps {args.pretrain_steps} is more than --steps {args.steps}')
     if args.init is None:                                       # the published start is for the published network
-        shape = 'arch width mults blocks cond resolution'.split()
+        shape = 'arch width mults blocks attn_resolutions cond resolution'.split()
         same = all(getattr(args, name) == preset.get(name) for name in shape)
         args.init = same and not args.pretrain_steps and preset.get('checkpoint') or 'none'
+    if args.help:
+        for action in parser._actions:
+            value = getattr(args, action.dest)
+            if value is not None and action.nargs != 0:
+                action.help += f' [{str(value).strip("[]")}]'.replace('%', '%%')
+        parser.print_help()
+        sys.exit()
     if args.resume and not any((Path(args.out) / name).exists() for name in CHECKPOINTS):
         print0(f'{args.out} holds no checkpoint yet: starting from the beginning')
         args.resume, args.overwrite = False, True
@@ -1009,7 +1010,7 @@ def run(main, argv=None):
     code = 0
     with contextlib.suppress(OSError, AttributeError):          # not glibc
         libc = ctypes.CDLL(None)        # on a CPU, faulting freed memory in again takes a fifth of a step: keep it
-        libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: take up to 1 GiB from the heap
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: take up to 1 GiB from the heap
         libc.mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: never shrink the heap
     try:
         main(argv)
@@ -1024,7 +1025,7 @@ def run(main, argv=None):
         elif isinstance(error, RuntimeError):
             if not dist.is_initialized() or not re.search('connection|gloo|nccl|peer', text, re.IGNORECASE):
                 raise
-            code, text = 1, 'another process of this run has ended'
+            code, text = 1, f'another process of this run has ended: {text:.200}'
         if '--debug' in argv:
             raise
         time.sleep(2 * bool(rank()))    # what is wrong for all is said by the first, which ends the others meanwhile
@@ -1032,6 +1033,8 @@ def run(main, argv=None):
     if dist.is_initialized() and os.environ.get('WATCH_STDIN'):     # a copy: gloo's threads may abort an orderly exit
         sys.stdout.flush()
         os._exit(code)
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()            # else NCCL complains
     return code
 
 

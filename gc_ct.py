@@ -58,14 +58,14 @@ ICT = dict(                     # iCT's settings, which GC keeps
     c=0.00054,                  # distance sqrt(|u|² + c² D) - c sqrt(D), for images of D numbers
     schedule='ict', coupling='gc', mu=0.5, endpoint='ema',
     t_mid=0.821, nfe=[1],       # noise level of the second step when sampling with two
-    optimizer='Lion', betas=(0.9, 0.99), lr=1e-4, lr_decay=None, ema=0.9999, ema_every=5, batch=512, steps=100_000,
+    optimizer='Lion', betas=[0.9, 0.99], lr=1e-4, lr_decay=None, ema=0.9999, ema_every=5, batch=512, steps=100_000,
     save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 ECT = dict(                     # Easy Consistency Tuning, from EDM's DDPM++                                        [4]
-    schedule='ect', q=2.0, k=8.0, b=1.0, stages=8, c=0.0, mu=0.3, optimizer='RAdam', betas=(0.9, 0.999))
+    schedule='ect', q=2.0, k=8.0, b=1.0, stages=8, c=0.0, mu=0.3, optimizer='RAdam', betas=[0.9, 0.999])
 PRESETS = {
     'shapes': ICT | dict(       # built in; ours, sized for two CPU cores
         resolution=16, width=32, mults=[1, 1, 2], blocks=1, dropout=0.0, cond=True,
-        batch=32, steps=2500, s1=40, mu=0.3, optimizer='Adam', betas=(0.9, 0.999), lr=1e-3, lr_decay=100, ema=0.998,
+        batch=32, steps=2500, s1=40, mu=0.3, optimizer='Adam', betas=[0.9, 0.999], lr=1e-3, lr_decay=100, ema=0.998,
         ema_every=1, save_every=500, sample_every=200, eval_every=2500, fid_features='pixels', fid_num=2000),
     'cifar10': ICT | dict(resolution=32, width=128, mults=[1, 2, 2], blocks=3),
     'imagenet32': ICT | dict(   #                                                                                   [8]
@@ -368,7 +368,7 @@ def analyse(args, model, device):
     tables = {'transport cost: mean square of x - eps': {}, 'regulariser: mean square of eps - v': {}}
     for sigma in common.progress(rho_levels(12)[1:], 'noise levels'):
         found = []
-        for j, index in enumerate(common.batch_indices(len(data.images), 512, 0, args.seed).split(64)):
+        for j, index in enumerate(common.batch_indices(len(images), 512, 0, args.seed).split(64)):
             x0, y = data.at(index, device)
             eps = common.randn(x0.shape, args.seed, j, 'analyse', device=device)
             order = optimal_transport(x0, eps) if importlib.util.find_spec('scipy') else None
@@ -393,7 +393,7 @@ def add_flags(add, number):
 def main(argv):
     """`python gc_ct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('gc_ct', __doc__, PRESETS, add_flags, argv, switch='schedule')
-    if args.coupling == 'ot':
+    if args.coupling == 'ot' and not args.use:
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.dropout is None:
         args.dropout = 0.0 if args.coupling == 'gc' else args.dropout_ic                                        # [3]

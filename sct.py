@@ -50,7 +50,7 @@ ECT = dict(                     # ECT's settings for CIFAR-10, which SCT keeps, 
     q=2.0, k=8.0, b=1.0, stages=8, schedule='smooth',       # the gap between t and r: see `lower_level`, `stage_at`
     c=0.0, weighting='gap',     # distance sqrt(|u|² + c²) - c; weight 1 / (t - r), 1 / t or EDM's lambda(t)
     t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='RAdam', betas=(0.9, 0.999), lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
+    optimizer='RAdam', betas=[0.9, 0.999], lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
     save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 PRESETS = {
     'shapes': ECT | dict(       # built in; ours, sized for two CPU cores
@@ -66,7 +66,7 @@ for size, lr, dropout in [('S', 1e-3, 0.4), ('M', 9e-4, 0.5), ('L', 8e-4, 0.5), 
         arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS[size], mults=[1, 2, 3, 4], blocks=3,
         attn_resolutions=[16, 8], dropout=dropout, dropout_res=16, checkpoint={'S': URLS['imagenet64']}.get(size),
         P_mean=-0.8, P_std=1.6, q=4.0, stages=4, c=0.06, weighting='edm', t_mid=1.526, optimizer='Adam',
-        betas=(0.9, 0.99), lr=lr, lr_decay=2000, ema_std=0.10, ref_size='batch', steps=100_000)
+        betas=[0.9, 0.99], lr=lr, lr_decay=2000, ema_std=0.10, ref_size='batch', steps=100_000)
 
 
 # 2. Noise levels: the pair t > r of a sample
@@ -416,7 +416,7 @@ def main(argv):
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
     if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
         raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
-    if (args.guide is None) != (args.guidance is None) or args.guide and not args.use:
+    if (args.guide is None) != (args.guidance is None) or args.guide and not (args.sample or args.evaluate):
         raise common.UserError('--guide is for --sample and --evaluate, with --guidance: how far to go from that model')
     if not args.use:
         return train(args)

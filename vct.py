@@ -59,7 +59,7 @@ VCT = dict(                     # what the two bases share; the network is DDPM+
     P_mean=-1.1, P_std=2.0,     # ln t is normal with this mean and standard deviation (ict: at the discrete levels)
     clip=None,                  # longest gradient; None: 200 with vc, any without                                  [6]
     t_mid=0.821,                # noise level of the second step when sampling with two
-    optimizer='RAdam', betas=(0.9, 0.999), lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
+    optimizer='RAdam', betas=[0.9, 0.999], lr=1e-4, lr_decay=None, ema=0.9999, ema_std=None, batch=128, steps=400_000,
     cond=False, flip=False, nfe=[1], save_every=5000, sample_every=5000, fid_features='inception', fid_num=50_000)
 ICT = VCT | dict(base='ict', beta=30.0, huber='elementwise', c=0.00054)   # c times sqrt(D), for images of D numbers [1]
 ECM = VCT | dict(base='ecm', beta=10.0, huber='vector', c=0.0)
@@ -71,7 +71,7 @@ FMNIST = dict(resolution=28, width=64, attn_resolutions=[])
 IMAGENET = dict(                # EDM2-S
     arch='edm2', resolution=64, cond=True, width=EDM2_WIDTHS['S'], mults=[1, 2, 3, 4], blocks=3, encoder='big',
     attn_resolutions=[16, 8], dropout=0.4, dropout_res=16, kernel='li', t_mid=1.526, q=4.0, steps=200_000,
-    optimizer='Adam', betas=(0.9, 0.99), lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [7]
+    optimizer='Adam', betas=[0.9, 0.99], lr=1e-3, lr_decay=2000, ema_std=0.10)                                  # [7]
 PRESETS = {                     # by data set and base
     ('shapes', 'ict'): ICT | SHAPES | dict(s1=80),
     ('shapes', 'ecm'): ECM | SHAPES | dict(beta=3.0, stages=4, pretrain_steps=300),
@@ -417,7 +417,7 @@ def add_flags(add, number):
 def main(argv):
     """`python vct.py`: trains, or with --sample / --evaluate / --analyse uses what was trained."""
     args = common.parse_args('vct', __doc__, PRESETS, add_flags, argv, switch='base')
-    if args.coupling == 'ot':
+    if args.coupling == 'ot' and not args.use:
         optimal_transport(torch.zeros(1, 1), torch.zeros(1, 1))                 # is SciPy there?
     if args.clip is None:
         args.clip = 200.0 if args.coupling == 'vc' else 0.0

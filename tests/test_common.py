@@ -263,7 +263,7 @@ def test_errors_are_lines_and_faults_of_the_program_are_not(monkeypatch, capsys)
     assert code(torch.OutOfMemoryError('CUDA out of memory. Tried ...')) == 2 and code(KeyboardInterrupt()) == 130
     assert code(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")) == 2
     assert capsys.readouterr().err.splitlines() == [
-        'no data: connection refused', 'another process of this run has ended',
+        'no data: connection refused', 'another process of this run has ended: Connection closed by peer [127.0.0.1]',
         'out of memory: lower --batch, or split it with --microbatch', 'interrupted',
         'out of memory: lower --batch, or split it with --microbatch']
     for error, argv in [(RuntimeError('shapes do not fit'), ()), (UserError('words'), ('--debug',))]:

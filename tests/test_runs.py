@@ -230,6 +230,8 @@ def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, after_
     assert script.train('--out', 'run1') == 0
     after_step(1, lambda: (stop(signal.SIGINT), stop(signal.SIGINT)))
     assert script.train('--out', 'run2') == 130
+    after_step(2, stop)
+    assert script.train('--out', 'run3', '--steps', 2, '--eval-every', 2) == 0 and ' step' in list(lines('run3')[-1])[1]
     assert weights('run1', 'checkpoint.pt')['step'] == 1 == len(lines('run1')) and not Path('run2/final.pt').exists()
     out, error = capsys.readouterr()
     assert f'python {script.name}.py --resume --out run1' in out and error == 'interrupted\n'
@@ -306,6 +308,8 @@ def test_help_shows_the_settings_in_force(script, capsys):
     text = capsys.readouterr().out
     assert f'[{script.module.PRESETS["cifar10"]["steps"]}]' in text and '[77]' in text and 'arxiv.org/abs/' in text
     assert len(re.findall(r'^(\w[\w ]*):$', text, re.M)) == 6
+    script.run('--steps', script.module.PRESETS['shapes']['steps'] // 4, '--help')
+    assert f'[{round(script.module.PRESETS["shapes"]["pretrain_steps"] / 4)}]' in capsys.readouterr().out
 
 
 def test_files_in_a_folder_that_held_no_run_are_left_alone_and_a_moved_run_goes_on(script):

@@ -3,6 +3,7 @@ import argparse
 import difflib
 import inspect
 import itertools
+import json
 import math
 import re
 import sys
@@ -141,8 +142,14 @@ def test_transport_is_optimal(module):
 
 
 @two
-def test_without_scipy_one_line_says_what_to_install(module, monkeypatch, refused):
+def test_without_scipy_one_line_says_what_to_install_and_sampling_needs_none(module, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    run = Script(module.__name__)
+    run.train('--steps', 1, '--coupling', 'ic' if module is gc_ct else 'independent')
+    config = json.loads((run.out / 'config.json').read_text())
+    (run.out / 'config.json').write_text(json.dumps(config | dict(coupling='ot')))
     monkeypatch.setitem(sys.modules, 'scipy.optimize', None)
+    assert run.run('--sample', run.out / 'final.pt', '--n', 1) == 0
     refused(module, '--coupling ot --out x', 'pip install scipy')
 
 
@@ -308,7 +315,7 @@ def test_sampling_goes_down_the_levels_and_adds_noise(name, flags, few_shapes):
 
 
 def test_the_published_start_is_for_the_published_network(script, capsys):
-    for flags in '', '--width 16', '--cond', '--pretrain-steps 10', '--init none':
+    for flags in '', '--width 16', '--attn-resolutions 8', '--cond', '--pretrain-steps 10', '--init none':
         assert script.run('--dataset', 'cifar10', *TUNING[script.name], *flags.split(), '--dry-run') == 0
         assert f'"init": "{"none" if flags else unet.URLS["cifar10"]}"' in capsys.readouterr().out
 
