@@ -1,7 +1,7 @@
 """The tables and figures of the comparison in RESULTS.md, from what compare.sh ran: `python .github/compare.py`.
 
-Distances by step are in the runs' metrics; seconds are steps times what `MORE="--benchmark 50" SEEDS=0` printed for the
-method, one run at a time on one core.
+Distances by step are in the runs' metrics; seconds are steps times the median of what `MORE="--benchmark 50" SEEDS=0`
+printed for the method, one run at a time on one core, several times in turn.
 """
 import re
 import statistics
@@ -34,9 +34,9 @@ def distances(data, method):
 
 
 def seconds(data, method):
-    """Seconds a step."""
+    """Seconds a step, the median of the benchmarks."""
     text = (RUNS / f'{data}-{method}-0.log').read_text()
-    return float((re.findall(r'([\d.]+) s a step', text) or ['nan'])[-1])
+    return statistics.median(map(float, re.findall(r'([\d.]+) s a step', text) or ['nan']))
 
 
 def spread(values):
@@ -85,6 +85,6 @@ def draw(data):
 
 if __name__ == '__main__':
     for data in 'shapes', 'cifar10':
-        if any(RUNS.glob(f'{data}-*-[0-9]/final.pt')):
+        if any(distances(data, base) for base in BASES):
             table(data)
             draw(data)
