@@ -18,7 +18,7 @@ TEXT = '\n\n'.join(path.read_text() for path in (ROOT / 'README.md', ROOT / 'RES
 BLOCKS = [re.sub('^    ', '', block.strip('\n'), flags=re.M)
           for block in re.findall(r'(?:^    .*\n(?:\n(?=    ))?)+', TEXT, re.M)]
 BLOCKS += re.findall(r'^```(?!python)\w*\n(.*?)^```', TEXT, re.M | re.S)
-NOT_OURS = {'python', 'torchrun', 'srun', 'bash', 'sh', 'pip', 'source', '.'}            # recorded instead of run
+NOT_OURS = {'python', 'torchrun', 'srun', 'bash', 'sh', 'xargs', 'pip', 'source', '.'}       # recorded instead of run
 
 
 def commands():
