@@ -82,6 +82,15 @@ def test_analysis_prints_transport_cost_and_regulariser(schedule, boundary, caps
     close(table[:, :, 1:], means.transpose(2, 0, 1), rtol=3e-3, atol=1e-7)
 
 
+def test_the_analysis_of_many_images_has_each_among_its_references(capsys, monkeypatch):
+    """Near the data E[x0 | x_t] is the image itself, so that independent pairs have next to no regulariser."""
+    monkeypatch.setattr(gc_ct, 'rho_levels', lambda n, plain=gc_ct.rho_levels: plain(n)[:2] if n == 12 else plain(n))
+    assert GC.train('--resolution', 4, '--mults', 1, '--steps', 1) == 0
+    images, labels = torch.randint(256, (60_000, 3, 4, 4), dtype=torch.uint8), torch.arange(60_000) // 6_000
+    monkeypatch.setattr(common, 'shapes', lambda **_: common.Data(images, labels, 10, None))
+    assert 0 <= analysed(GC, capsys)[0][1, 1] < 1e-3
+
+
 def test_lion_is_its_five_lines():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]

@@ -75,10 +75,9 @@ def test_student_and_teacher_have_the_same_dropout(kind, compiled):
 @both
 def test_attention_takes_a_fast_kernel_and_blocks_keep_channels_last(kind):
     net, (x, t, _, _) = on(GPU, make(kind), batch())
-    last = []
+    last, layout = [], torch.channels_last
     for block in [*net.enc.values(), *net.dec.values()]:
-        block.register_forward_hook(lambda *_, format=torch.channels_last: last.append(
-            _[2].is_contiguous(memory_format=format)))
+        block.register_forward_hook(lambda block, x, y: last.append(y.is_contiguous(memory_format=layout)))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         common.network(net, 'bf16')(x, t).sum().backward()
     assert last and all(last)
