@@ -10,7 +10,7 @@ import torch
 
 import common
 import gc_ct
-from conftest import Script, all_shapes, analysed, close, draws, exact_mean, same, toy, weights, wide
+from conftest import Script, all_shapes, analysed, close, draws, exact_mean, lines, same, toy, weights, wide
 
 pytestmark = pytest.mark.usefixtures('few_shapes')
 GOLDEN = np.load(Path(__file__).parent / 'data/gc_losses.npz')
@@ -139,6 +139,13 @@ def test_the_endpoints_are_of_the_average_or_of_the_online_network(spy, after_st
         average = common.network(gc_ct.load(str(out)), 'fp32')(*inputs)
         assert torch.equal(asked[-1].net(*inputs), average) == (endpoint == 'ema')
     assert same(weights('1'), weights('2')) and not same(weights('0'), weights('1'))
+
+
+def test_gradients_in_16_bits_are_those_in_32_with_an_online_endpoint():
+    for out in 'fp32', 'bf16':              # torch 2.6 would give the student its weights, cast without a gradient
+        assert GC.train('--endpoint', 'online', '--mu', 1, '--steps', 1, '--precision', out, '--out', out) == 0
+    full, half = (lines(out)[0]['grad_norm'] for out in ('fp32', 'bf16'))
+    assert half == pytest.approx(full, rel=0.1)
 
 
 def test_wrong_flags_of_gc(refused):
