@@ -150,6 +150,14 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'set', 'set.zip'}
 
 
+def test_all_of_many_images_are_read_in_order(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'many.zip', 'w') as archive:
+        for i in range(4100):                                                   # decoded 4096 at a time
+            archive.writestr(f'{i:05}.ppm', b'P6 1 1 255 ' + bytes([i % 256, i // 256, 0]))
+    images = common.image_folder(tmp_path / 'many.zip').images
+    assert torch.equal(images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0].int(), torch.arange(4100, dtype=torch.int32))
+
+
 def test_labels_from_edms_dataset_json(tmp_path):
     labels = [[f'00000/img{i}.png', label] for i, label in enumerate([5, 0, 2])]
     for name, _ in labels:
