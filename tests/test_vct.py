@@ -214,7 +214,8 @@ def test_fmnist_is_found_or_downloaded_and_checked(tmp_path, monkeypatch):
     *([gzip.compress(part) for part in pair] for pair in [
         (IMAGES[:-1], LABELS), (IMAGES + b'x', LABELS), (b'', LABELS), (b'PNG' + IMAGES, LABELS), (IMAGES, b''),
         (IMAGES, b'x' * 38), (idx(np.zeros((30, 28))), LABELS), (IMAGES, LABELS[:-1]), (IMAGES, idx(np.full(30, 10))),
-        (idx(np.zeros((30, 27, 28))), LABELS), (idx(np.zeros((0, 28, 28))), idx(np.zeros(0)))]),
+        (idx(np.zeros((30, 27, 28))), LABELS), (b'\0\0\r' + IMAGES[3:], LABELS),
+        (idx(np.zeros((0, 28, 28))), idx(np.zeros(0)))]),
     *((packed, PACKED[1]) for packed in (PACKED[0][:-20], b'no gzip', PACKED[0][:40] + bytes(40)))])
 def test_fmnist_that_is_damaged(images, labels, tmp_path):
     fashion(tmp_path / 'fashion-mnist', images, labels)
