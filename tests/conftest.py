@@ -26,7 +26,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = str(ROOT), str(ROOT / '.github')
 import common
 
 DATA = Path(os.environ.get('REAL_DATA', ROOT / 'data'))

@@ -108,9 +108,7 @@ def test_lines_are_no_longer_than_120():
 
 def test_the_pairs_of_the_figure_are_what_its_panels_say():
     pytest.importorskip('scipy')                                # for optimal transport
-    spec = importlib.util.spec_from_file_location('pairs', ROOT / '.github/pairs.py')
-    pairs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pairs)
+    import pairs
     encoder = pairs.train_encoder(steps=200)
     x0, eps, t, r = pairs.draw(0)
     chosen = {kind: pairs.choose(kind, x0, eps, t, r, encoder) for kind in pairs.PANELS}
@@ -123,3 +121,22 @@ def test_the_pairs_of_the_figure_are_what_its_panels_say():
     assert (noise * x0).mean() > (eps * x0).mean() + 0.15                               # on the side of its image
     off = {kind: pairs.distance(kind, encoder, 5) for kind in pairs.PANELS}
     assert off['SCT'] < 0.25 * off['IC'] and all(off[kind] < 0.9 * off['IC'] for kind in ('OT', 'GC', 'VC'))
+
+
+def test_the_comparison_has_mean_deviation_and_paired_differences(tmp_path, monkeypatch, capsys):
+    import compare
+    monkeypatch.chdir(tmp_path)
+    for method, ends in ('iCT', [5, 7, 9]), ('GC', [4, 7]), ('VC', [6]):
+        for seed, end in enumerate(ends):
+            run = Path(f'runs/compare/shapes-{method}-{seed}')
+            run.mkdir(parents=True)
+            distances = [dict(step=step, **{'FD, 1 step': d, 'FD, 2 step': d / 2}) for step, d in [(1, 50), (2, end)]]
+            (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, distances)))
+            if seed < 2:                                                        # the third has not ended
+                (run / 'final.pt').touch()
+        run.with_name(f'shapes-{method}-0.log').write_text('0.500 s a step\n0.500 s a step\n9.000 s a step\n')
+    compare.table('shapes')
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert rows == ['| iCT | 6.0 ± 1.4 | 3.0 ± 0.7 |  |  | 2 | 0.500 |',
+                    '| GC | 5.5 ± 2.1 | 2.8 ± 1.1 | -0.5 ± 0.7 | -0.2 ± 0.4 | 2 | 0.500 |',
+                    '| VC | 6.0 | 3.0 | 1.0 | 0.5 | 1 | 0.500 |']
