@@ -688,7 +688,7 @@ def save_curves(metrics, path):
 def save_plot(panels, path, x_name):
     """Panels {title: {name of a curve: [(x, y), ...]}} as a PNG, one below the other; of (x, y, d) also y - d to y + d.
 
-    A curve has at most 200 points, means of what there is; y has a log scale where it spans a factor of 20.
+    A curve has at most 200 points, means of what there is; y has a log scale where it spans a factor of 8.
     """
     sheet, font = Image.new('RGB', (720, 240 * max(1, len(panels))), 'white'), ImageFont.load_default(13)
     draw = ImageDraw.Draw(sheet)
@@ -698,7 +698,7 @@ def save_plot(panels, path, x_name):
         curves = {name: np.array([[*part.mean(0), 0.0][:3] for part in parts[name]]) for name in curves}    # x, y, d
         ends = np.concatenate([c[:, :2] + c[:, 2:] * (0, sign) for c in curves.values() for sign in (-1, 1)])
         low, high = ends.min(0), ends.max(0)
-        logs = x_name == 'sigma', bool(low[1] > 0 and high[1] > 20 * low[1])
+        logs = x_name == 'sigma', bool(low[1] > 0 and high[1] > 8 * low[1])
         scale = lambda v: np.where(logs, np.log(np.maximum(v, 1e-30)), v)
         share = lambda v: (scale(v) - scale(low)) / np.maximum(scale(high) - scale(low), 1e-30)
         left, right, top, bottom = 74, 700, 240 * row + 28, 240 * row + 196

@@ -34,9 +34,9 @@ def distances(data, method):
 
 
 def seconds(data, method):
-    """Seconds a step, the median of the benchmarks."""
-    text = (RUNS / f'{data}-{method}-0.log').read_text()
-    return statistics.median(map(float, re.findall(r'([\d.]+) s a step', text) or ['nan']))
+    """Seconds a step, the median of the benchmarks; None without."""
+    found = re.findall(r'([\d.]+) s a step', (RUNS / f'{data}-{method}-0.log').read_text())
+    return statistics.median(map(float, found)) if found else None
 
 
 def spread(values):
@@ -57,26 +57,29 @@ def table(data):
                 less = [[a - b for a, b in zip(last(found, nfe, pairs), last(base, nfe, pairs))] for nfe in (1, 2)]
                 cells = [spread(last(found, nfe, found)) for nfe in (1, 2)]
                 cells += [spread(d) if d and any(d) else '' for d in less]
-                print('| ' + ' | '.join([method, *cells, str(len(found)), f'{seconds(data, method):.3f}']) + ' |')
+                pace = seconds(data, method)
+                print('| ' + ' | '.join([method, *cells, str(len(found)), f'{pace:.3f}' if pace else '']) + ' |')
 
 
 def draw(data):
     """Distance against steps and seconds, with the spread over seeds; the same noise through all, one and two steps."""
-    for x_name in 'steps', 'seconds':
+    ended = {method for method in sum(BASES.values(), []) if distances(data, method)}
+    for x_name in ['steps', 'seconds'] if all(seconds(data, method) for method in ended) else ['steps']:
         panels = {}
         for base, methods in BASES.items():
             for nfe in 1, 2:
                 panel = panels[f'{data}: {base}, {nfe} step{"s" * (nfe > 1)}'] = {}
                 for method in methods:
-                    runs = [curves[nfe] for curves in distances(data, method).values()]
-                    if runs:
+                    if method in ended:
+                        runs = [curves[nfe] for curves in distances(data, method).values()]
                         pace = 1 if x_name == 'steps' else seconds(data, method)
                         points = [(step, [run[i][1] for run in runs]) for i, (step, _) in enumerate(runs[0])]
-                        panel[method] = [(step * pace, statistics.mean(d), statistics.pstdev(d)) for step, d in points]
+                        deviation = statistics.stdev if len(runs) > 1 else lambda _: 0.0
+                        panel[method] = [(step * pace, statistics.mean(d), deviation(d)) for step, d in points]
         common.save_plot(panels, HERE / f'compare-{data}-{x_name}.png', x_name)
     rows = []
     for method in sum(BASES.values(), []):
-        if distances(data, method):
+        if method in ended:
             script = SCRIPTS.get(method, gc_ct)
             model = script.load(RUNS / f'{data}-{method}-0')
             rows += [script.sample(model, 16, nfe, seed=0) for nfe in (1, 2)]
