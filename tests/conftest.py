@@ -1,7 +1,7 @@
 """Shared by all tests: the scripts on the path, a command runner, and real data where it is at hand."""
 import contextlib
 import functools
-import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -26,7 +26,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = str(ROOT), str(ROOT / '.github')
+sys.path.insert(0, str(ROOT))
 import common
 
 DATA = Path(os.environ.get('REAL_DATA', ROOT / 'data'))
@@ -171,6 +171,13 @@ def after_step(signals):
     yield watch
     for hook in hooks:
         hook.remove()
+
+
+def tool(name):
+    """A script of .github/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'.github/{name}.py')
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
 def stop(number=signal.SIGTERM):

@@ -12,7 +12,7 @@ import torch
 
 import common
 import fid
-from conftest import ROOT, SCRIPTS, Script
+from conftest import ROOT, SCRIPTS, Script, tool
 
 TEXT = '\n\n'.join(path.read_text() for path in (ROOT / 'README.md', ROOT / 'RESULTS.md') if path.exists())
 BLOCKS = [re.sub('^    ', '', block.strip('\n'), flags=re.M)
@@ -108,7 +108,7 @@ def test_lines_are_no_longer_than_120():
 
 def test_the_pairs_of_the_figure_are_what_its_panels_say():
     pytest.importorskip('scipy')                                # for optimal transport
-    import pairs
+    pairs = tool('pairs')
     encoder = pairs.train_encoder(steps=200)
     x0, eps, t, r = pairs.draw(0)
     chosen = {kind: pairs.choose(kind, x0, eps, t, r, encoder) for kind in pairs.PANELS}
@@ -124,7 +124,7 @@ def test_the_pairs_of_the_figure_are_what_its_panels_say():
 
 
 def test_the_comparison_has_mean_deviation_and_paired_differences(tmp_path, monkeypatch, capsys):
-    import compare
+    compare = tool('compare')
     monkeypatch.chdir(tmp_path)
     for method, ends in ('iCT', [5, 7, 9]), ('GC', [4, 7]), ('VC', [6]):
         for seed, end in enumerate(ends):

@@ -8,7 +8,7 @@ import torch
 
 import common
 import sct
-from conftest import Script, all_shapes, analysed, close, draws, exact_mean, model_of, wide
+from conftest import Script, all_shapes, analysed, close, draws, exact_mean, model_of, tool, wide
 
 pytestmark = pytest.mark.usefixtures('few_shapes')
 STF = np.load(Path(__file__).parent / 'data/stf_targets.npz')
@@ -202,7 +202,7 @@ def test_rounding_over_distance_doubles_with_each_stage(monkeypatch):
     for name in 'conv2d', 'scaled_dot_product_attention':       # to be brought back: the emulation replaces them
         monkeypatch.setattr(torch.nn.functional, name, getattr(torch.nn.functional, name))
     assert SCT.train('--ref-size', 1, '--steps', 20, '--ema', 0) == 0
-    import precision
+    precision = tool('precision')
     emulated, real = (np.array(precision.measure(SCT.out, n=64, real=real)['bf16']) for real in (False, True))
     assert (abs(np.log2(emulated[8] / emulated[4]) - 4) < 0.7) and (abs(np.log2(real / emulated)) < 1).all()
     fp16, tf32 = (np.array(precision.measure(SCT.out, n=64)[kind]) for kind in ('fp16', 'tf32'))
