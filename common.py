@@ -25,6 +25,7 @@ import threading
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,6 +224,9 @@ def load_data(args, device):
     if not args.cond:
         data = data._replace(labels=torch.zeros(n, dtype=torch.int64), classes=0)
     args.resolution, args.in_channels, args.label_dim = size, channels, data.classes
+    found = f'{n} images, {zlib.crc32(data.images[::-(-n // 100)].numpy().tobytes()):08x}'      # of a hundred of them
+    if vars(args).setdefault('fingerprint', found) != found:
+        raise UserError(f'{root} is not what the run was trained on; to compare samples with other images: --fid-ref')
     choose_labels(1, args.labels, args.label_dim)                   # refuses those that the data have not
     if device.type == 'cuda' and data.images.numel() < torch.cuda.mem_get_info(device)[0] // 4:     # the free memory
         data = data._replace(images=data.images.to(device))
@@ -327,15 +331,17 @@ def image_folder(root, resolution=None):
 
     Labels: `dataset.json` (EDM's), or class sub-folders. More than MAPPED bytes go to a file beside the folder.
     """
-    if root.is_dir():
-        sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in root.rglob('*') if path.is_file()}
+    if root.is_dir():       # marks: what changes with a file, by name
+        paths = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+        marks = {path.relative_to(root).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+                 for path in paths if path.is_file()}
         read = lambda name: (root / name).read_bytes()
     else:
         with or_refuse(f'{root} is no folder or zip of images'):
             archive = zipfile.ZipFile(root)                     # read in place: nothing is unpacked
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        marks = {info.filename: (info.file_size, info.CRC) for info in archive.infolist()}
         read = archive.read
-    files = sorted(n for n in sizes if n.lower().endswith(IMAGE_FILES) and not Path(n).name.startswith('._'))
+    files = sorted(n for n in marks if n.lower().endswith(IMAGE_FILES) and not Path(n).name.startswith('._'))
     if not files:
         raise UserError(f'{root} holds no images ({" ".join(IMAGE_FILES)})')
 
@@ -363,7 +369,7 @@ def image_folder(root, resolution=None):
     if math.prod(shape) <= MAPPED:
         images = np.array(list(decoded))
     else:
-        stamp = hashlib.sha256(repr([(name, sizes[name]) for name in files]).encode()).hexdigest()[:12]
+        stamp = hashlib.sha256(repr([(name, marks[name]) for name in files]).encode()).hexdigest()[:12]
         path = root.parent / f'{root.name}-{side}-{stamp}.uint8'
         if not path.exists():
             write_atomic(path, lambda file: file.writelines(image.tobytes() for image in decoded))
@@ -371,10 +377,11 @@ def image_folder(root, resolution=None):
             images = np.memmap(path, np.uint8, 'c', shape=shape)
 
     labels, folders = None, [name.split('/')[0] for name in files]
-    if 'dataset.json' in sizes:
+    if 'dataset.json' in marks:
         with or_refuse(f'{root}: dataset.json does not give every image a label'):
             table = dict(json.loads(read('dataset.json'))['labels'] or [])
             labels = torch.tensor([int(table[name]) for name in files]) if table else None
+            assert labels is None or labels.min() >= 0, 'a label is negative'
     elif all('/' in name for name in files) and len(set(folders)) > 1:
         labels = torch.from_numpy(np.unique(folders, return_inverse=True)[1])
     return Data(torch.from_numpy(images), labels, 0 if labels is None else int(labels.max()) + 1, root.parent)
@@ -461,7 +468,7 @@ class Log:
         self.path = Path(args.out) / 'metrics.jsonl'
         self.block = 1 if device.type == 'cpu' else 10          # steps read from the device at once: no step waits
         self.pending, self.nonfinite = [], 0                    # steps in a row without finite gradients
-        self.signal, self.stop = False, False
+        self.signal, self.stop = 0.0, False                     # when one came
         self.begin, self.shown = time.monotonic(), 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -470,9 +477,10 @@ class Log:
             write_atomic(self.path, lambda file: file.write(''.join(kept).encode()))            # the rest is done again
 
     def _on_signal(self, *_):
-        if self.signal:
+        now = time.monotonic()
+        if self.signal and now - self.signal > 0.5:             # sooner: the same one, by way of the first process
             raise KeyboardInterrupt
-        self.signal = True
+        self.signal = self.signal or now
 
     def due(self, step, every):
         """Whether step number `step` is one of every so many, or the last; the last alone if the run is to stop."""
@@ -481,7 +489,7 @@ class Log:
 
     def step(self, step, **values):
         """Notes the values (0-dim tensors) of step number `step`, which is done. Now and then this writes them out."""
-        values['stop'] = torch.full((), float(self.signal), device=self.device)
+        values['stop'] = torch.full((), float(self.signal > 0), device=self.device)
         self.pending.append(torch.stack([value.detach().float() for value in values.values()]))
         intervals = self.args.save_every, self.args.sample_every, self.args.eval_every
         if len(self.pending) < self.block and not any(self.due(step, every) for every in intervals):
@@ -741,9 +749,10 @@ def start(args):
         env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env['SLURM_LOCALID'], WORLD_SIZE=env['SLURM_STEP_NUM_TASKS'])
         first = re.match(r'[^,[]+(\[\d+)?', env.get('SLURM_STEP_NODELIST', '127.0.0.1'))[0]        # of n[1-4],m2: n[1
         env.setdefault('MASTER_ADDR', first.replace('[', ''))
-        env.setdefault('MASTER_PORT', str(20_000 + int(env.get('SLURM_JOB_ID', 0)) % 20_000))     # jobs share machines
+        job, part = (int(env.get(f'SLURM_{name}_ID', 0)) for name in ('JOB', 'STEP'))
+        env.setdefault('MASTER_PORT', str(20_000 + (job + 997 * part) % 20_000))        # jobs share machines
     gpus = torch.cuda.device_count() if args.device != 'cpu' else 0
-    launches = 'RANK' not in env and args.gpus > 1
+    launches = world_size() == 1 and args.gpus > 1
     processes = args.gpus if launches else world_size()
     if gpus < (args.gpus if launches and args.device != 'cpu' else args.device == 'cuda'):
         raise UserError(f'--gpus {args.gpus}: this machine has {gpus or "no"} GPU for torch; --device cpu needs none')
@@ -952,8 +961,9 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
         if 'ema_std' in given:
             raise UserError('--ema and --ema-std: one of them')
         args.ema_std = None
-    if not saved and 'pretrain_steps' not in given:             # a shorter run has a shorter start
-        args.pretrain_steps = round(args.pretrain_steps * min(1, args.steps / preset['steps']))
+    if not saved and 'pretrain_steps' not in given:             # a shorter run has a shorter start, given weights none
+        share = min(1, args.steps / preset['steps']) if args.init in (None, 'none') else 0
+        args.pretrain_steps = round(args.pretrain_steps * share)
     if args.q and args.stages and (args.stages + 1) * math.log(args.q) > math.log(1e6):
         raise UserError(f'--q {args.q} --stages {args.stages}: two levels would end up equal in float32')
     if vars(args).get('s0') and args.s1 < args.s0:
@@ -979,6 +989,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
 
 def refuse_flags(message):
     """What argparse says of wrong flags, as one line."""
+    message = re.sub(r'invalid \S+ value', 'invalid value', message)        # argparse names Python's function there
     raise UserError(f'{message} (--help lists the flags)')
 
 
@@ -1016,10 +1027,12 @@ def run(main, argv=None):
         main(argv)
     except SystemExit as stop:                  # --help, --dry-run, and the end of processes that were started here
         return stop.code or 0
-    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+    except (UserError, KeyboardInterrupt, RuntimeError, OSError) as error:
         code, text = 2, str(error)
         if isinstance(error, KeyboardInterrupt):
             code, text = 130, 'interrupted'
+        elif isinstance(error, OSError) and not error.filename:     # else it is a path that cannot be looked at
+            raise
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:      # of a GPU, of a CPU
             text = 'out of memory: lower --batch, or split it with --microbatch'
         elif isinstance(error, RuntimeError):

@@ -174,7 +174,8 @@ def load_statistics(path):
 def measure(count, images, features):
     """`Statistics.result` of `count` images; processes share the lots. images(first, n): uint8 (n, C, H, W)."""
     statistics = Statistics()
-    mine = range(common.rank() * LOT, count, common.world_size() * LOT)
+    rank, size = (common.rank(), common.world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank * LOT, count, size * LOT)
     for first in common.progress(mine, f'features of {count:,} images, {LOT} at a time'):
         statistics.update(features(images(first, min(LOT, count - first))))
     if not mine:                                    # a process without a lot learns how many features there are
@@ -282,8 +283,7 @@ def main(argv=None):
         others = read_pictures(args.against, args.resolution)[:args.against_num]
         mu, cov, n = dataset_statistics(others, features, kind, None)
     value = frechet_distance(*dataset_statistics(images, features, kind, None)[:2], mu, cov)
-    against = f'{n:,} of {args.against}' if n else args.against
-    print(f'{kind} ({len(images):,} images against {against}): {value:.4f}')
+    print(f'{kind} ({len(images):,} images against {f"{n:,} of " if n else ""}{args.against}): {value:.4f}')
 
 
 if __name__ == '__main__':

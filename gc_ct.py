@@ -26,12 +26,12 @@ Where the paper leaves a choice, and where we deviate from it or its published c
 [1] `--mu` is the share of generated endpoints (published code: of the others), made for those samples alone.
 [2] `--coupling ot` (Pooladian et al. 2023, arXiv 2304.14772) pairs images and noise of the global minibatch at the
     least total distance, whatever the labels: a class's noise is not quite N(0, I).
-[3] Dropout is 0 with generated endpoints, the published baselines' without, ECT's with it. `--cond` (labels) is ours.
+[3] Dropout is 0 with generated endpoints, the baselines' without; on CIFAR-10 ECT's with both. `--cond` is ours.
 [4] `--schedule ect` is Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), from a diffusion model, which
     `--pretrain-steps` trains (the loss a mean over pixels): RAdam; the boundary m = 0, but sigma_min in sampling.
 [5] The average is updated every 5 steps, its decay rising to `--ema`: 0.9999 is reached after a million steps only.
     On ImageNet-32 it runs from the first step (published code: from step 10,000).
-[6] The regulariser in `--analyse` has the ODE's exact direction over the training set (50,000 images at most).
+[6] The regulariser in `--analyse` has the ODE's exact direction over the training set (50,000 of it at most).
 [7] Sampling adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7. FID is of the last
     average, clipped and rounded; the published: best of the run, samples stretched batch by batch to their own range.
 [8] Data: the whole of CelebA's folder (published: its train split); ImageNet-32 by Lanczos, not bilinear.
@@ -132,7 +132,7 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
 
 def stage_at(step, steps, stages):
     """The stage that `lower_level` takes at a step of tuning: 0 ... stages - 1."""
-    return min(step * stages // steps, stages - 1)
+    return min(step * stages // max(steps, 1), stages - 1)
 
 
 def level_pairs(args, step, device):
@@ -328,7 +328,7 @@ def train(args):
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad()
-        if done % args.ema_every == 0:                                                                          # [5]
+        if pretraining or done % args.ema_every == 0:                                                           # [5]
             common.update_ema(ema, net, ema_decay(args, step))
         log.step(step + 1, loss=total, grad_norm=grad_norm)
         if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
@@ -364,11 +364,12 @@ def analyse(args, model, device):
     """Prints both diagnostics by noise level, of 512 images. OT needs SciPy."""
     data = common.load_data(args, device)
     net = common.network(model, args.precision)
-    images, labels = data.at(torch.arange(min(len(data.images), 50_000)), device)
+    everyone = common.batch_indices(len(data.images), min(len(data.images), 50_000), 0, args.seed)
+    images, labels = data.at(everyone, device)
     tables = {'transport cost: mean square of x - eps': {}, 'regulariser: mean square of eps - v': {}}
     for sigma in common.progress(rho_levels(12)[1:], 'noise levels'):
         found = []
-        for j, index in enumerate(common.batch_indices(len(images), 512, 0, args.seed).split(64)):
+        for j, index in enumerate(common.batch_indices(len(data.images), 512, 0, args.seed).split(64)):
             x0, y = data.at(index, device)
             eps = common.randn(x0.shape, args.seed, j, 'analyse', device=device)
             order = optimal_transport(x0, eps) if importlib.util.find_spec('scipy') else None

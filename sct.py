@@ -22,7 +22,7 @@ The rest: a smooth schedule of the gap [2], phases with edge-skipping [3], guida
 Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`[n]` in the code):
 [1] References: `all`, the training set (best in the paper's Fig. 4); `batch`, the global minibatch; or N, drawn anew in
     each step. With labels, of the image's own class: in ImageNet's batches of 128, 88 % are alone, which is ECT.
-[2] Our readings of "smoother": ECT's stage grows continuously, to one beyond its last; of "smooth weighting": 1 / t.
+[2] Our readings of "smoother": ECT's stage grows continuously, to one beyond its last; of its weighting: 1 / t, a flag.
 [3] Phases, our reading, after Wang et al. 2024 (arXiv 2405.18407): edges at rho 7 (EDM Eq. 5); r >= s, the lower edge
     of t's phase; the loss compares the points x_s = f + s (x_t - f) / t that two predictions reach there.
 [4] `--pretrain-steps` first trains the diffusion model to be tuned: EDM's levels, weight and averaging, towards x0_hat.
@@ -116,7 +116,7 @@ def level_pairs(args, step, device):
         t = upper_level(normal, -1.2, 1.2)                              # EDM Tab. 1 for the diffusion model [4], which
         return t, t                                                     # has no pairs
     t = upper_level(normal, args.P_mean, args.P_std)
-    stage = stage_at(step - args.pretrain_steps, args.steps - args.pretrain_steps, args.stages, args.schedule)
+    stage = stage_at(step - args.pretrain_steps, max(1, args.steps - args.pretrain_steps), args.stages, args.schedule)
     r = lower_level(t, stage, args.q, args.k, args.b)
     return t, r.maximum(phase_floor(t, phase_edges(args.phases, args.edges)))
 
@@ -261,8 +261,9 @@ def sample(model, n, nfe=1, labels=None, seed=0, guide=None, guidance=1.0, eta=N
     """
     config, images = model.config, []
     net, bad = (common.network(one, config['precision']) for one in (model, guide or model))
-    if guide and any(guide.config[name] != config[name] for name in ('label_dim', 'resolution', 'in_channels')):
-        raise common.UserError('--guide: a model of other classes or of another size')
+    same = 'script', 'label_dim', 'resolution', 'in_channels', 'phases', 'edges'
+    if guide and any(guide.config.get(name) != config.get(name) for name in same):
+        raise common.UserError('--guide: not a model of sct.py of the same classes, size and phases')
     edges = phase_edges(config['phases'], config['edges'])
     levels = rho_levels(nfe)[nfe:0:-1]                                  # nfe of them, from sigma_max downwards     [5]
     if config['phases'] not in (1, nfe):
@@ -353,7 +354,7 @@ def train(args):
         optimizer.zero_grad()
         common.update_ema(ema, net, ema_decay(args, step))
         log.step(step + 1, loss=total, grad_norm=grad_norm)
-        if step + 1 in [round(share * args.steps) for share in args.keep_ema or []]:    # a weaker model, for --guide
+        if step + 1 in [max(1, round(share * args.steps)) for share in args.keep_ema or []]:    # for --guide
             common.save_final(args, ema, f'ema-{step + 1}')
         if common.after_step(args, step + 1, log, evaluate, sample_fn, net=net, ema=ema, optimizer=optimizer):
             return
@@ -364,7 +365,6 @@ def train(args):
 
 def analyse(args, model, device):
     """Prints, by level and references: mean square of x0_hat - E[x0 | x_t], and the gradient's noise over its mean."""
-    args.batch = 64
     data = common.load_data(args, device)
     members = class_members(data)
     net = common.network(model.requires_grad_(True), args.precision)
@@ -374,7 +374,7 @@ def analyse(args, model, device):
             args.ref_size = size
             error, gradients = 0.0, []
             for j in range(8):
-                index = common.batch_indices(len(data.images), 64, j, args.seed)
+                index = common.batch_indices(len(data.images), args.batch, j, args.seed)
                 x0, y = data.at(index, device)
                 t = torch.full_like(x0[:, 0, 0, 0], level)
                 r = lower_level(t, stage_at(1, 1, args.stages, args.schedule), args.q, args.k, args.b)
@@ -385,9 +385,9 @@ def analyse(args, model, device):
                 value = loss(net, x_t, t, at_level(x0_hat, x_t, level, r[0]), r, y, **loss_settings(args)).mean()
                 found = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
                 gradients.append(torch.cat([g.flatten() for g in found]))
-            noise = sum((a - b).norm() for a, b in zip(gradients[::2], gradients[1::2])) / 4
-            noise = (noise / torch.stack(gradients).mean(0).norm()).item()
-            for columns, value in zip(tables.values(), (error.item() / 8, noise)):
+            var, mean = torch.var_mean(torch.stack(gradients), 0)       # var / 8 is that of this mean
+            ratio = var.sum() / (mean.square() - var / 8).sum().clamp(min=1e-4 * var.sum())
+            for columns, value in zip(tables.values(), (error.item() / 8, ratio.sqrt().item())):
                 columns.setdefault(size, []).append((level, value))
     common.show_panels(args, tables, 'sigma')
 
@@ -414,8 +414,8 @@ def main(argv):
     args.nfe = args.nfe or [args.phases]
     if args.phases > 1 and args.nfe != [args.phases]:
         raise common.UserError(f'--nfe: a model of {args.phases} phases takes {args.phases} evaluations')
-    if args.edges and (len(args.edges) != args.phases - 1 or sorted(set(args.edges)) != args.edges):
-        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} edges between, ascending')
+    if args.edges and (len(args.edges) != args.phases - 1 or sorted({*args.edges, SIGMA_MAX})[:-1] != args.edges):
+        raise common.UserError(f'--edges: {args.phases} phases have {args.phases - 1} between, ascending, below 80')
     if (args.guide is None) != (args.guidance is None) or args.guide and not (args.sample or args.evaluate):
         raise common.UserError('--guide is for --sample and --evaluate, with --guidance: how far to go from that model')
     if not args.use:

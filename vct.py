@@ -28,8 +28,7 @@ Where the paper leaves a choice, and where we deviate from it or its published c
     least total distance, whatever the labels. The published sampler, unlike this one, so pairs its first output, too.
 [3] As published, the encoder is a network of the same kind and settings, dropout included, 32 wide at multiplier 1
     (16 on shapes), and in sampling it emits the noise of every step after the first.
-[4] `--pretrain-steps` first trains ECM's diffusion model on independent noise, with EDM's ramp of the average, and the
-    encoder with the KL term alone.
+[4] `--pretrain-steps` trains ECM's diffusion model first, with EDM's ramp of the average, and the encoder by KL alone.
 [5] The boundary m is 0.002, but 0 in ECM's training (a diffusion model is a valid start); published: 0.003 in sampling,
     which here adds t z, not sqrt(t² - sigma_min²) z; more than two levels are spaced by rho 7.
 [6] `vc` clips the gradient at 200 and the others do not, as in the published code; that alone may tell them apart.
@@ -139,7 +138,7 @@ def lower_level(t, stage, q=2.0, k=8.0, b=1.0):
 
 def stage_at(step, steps, stages):
     """The stage that `lower_level` takes at a step of tuning: 0 ... stages - 1."""
-    return min(step * stages // steps, stages - 1)
+    return min(step * stages // max(steps, 1), stages - 1)
 
 
 def level_pairs(args, step, device):
@@ -361,7 +360,7 @@ def train(args):
             total += common.backward(values, len(x0), args.precision, clock)
 
         grad_norm = common.finish_gradients(net.parameters(), args.precision)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf, foreach=True)                   # [6]
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or 1e38, foreach=True)                       # [6]
         common.learning_rate(optimizer, done, args.lr, args.lr_decay)
         optimizer.step()
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import tarfile
 import threading
 import zipfile
@@ -143,11 +144,15 @@ def test_folder_and_zip_with_labels_from_folders(tmp_path):
     a, b = (common.load_data(flags(data_dir=tmp_path / name, cond=name == 'set'), CPU) for name in ('set', 'set.zip'))
     assert torch.equal(a.images, b.images) and a.images.shape == (4, 3, 8, 8) and b.labels.tolist() == [0] * 4
     assert a.labels.tolist() == [0, 0, 1, 1] and a.classes == 2                 # cat/a, cat/deep/c, dog/b, dog/U
+    (tmp_path / 'links').mkdir()
+    for name in 'cat', 'dog':                                                   # how subsets are often made
+        (tmp_path / 'links' / name).symlink_to(tmp_path / 'set' / name)
+    assert torch.equal(common.image_folder(tmp_path / 'links').images, a.images)
     assert np.array_equal(a.images[0], np.asarray(Image.open(tmp_path / 'set/cat/a.png')).transpose(2, 0, 1))
     images, labels = a.at(torch.tensor([3, 1]), CPU)
     assert torch.equal(images, common.normalise(a.images[[3, 1]])) and labels.tolist() == [1, 0]
     assert common.cache_folder(flags(data_dir=tmp_path / 'set.zip')) == tmp_path
-    assert {path.name for path in tmp_path.iterdir()} == {'set', 'set.zip'}
+    assert {path.name for path in tmp_path.iterdir()} == {'set', 'set.zip', 'links'}
 
 
 def test_all_of_many_images_are_read_in_order(tmp_path):
@@ -166,9 +171,13 @@ def test_labels_from_edms_dataset_json(tmp_path):
     (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels}))
     assert common.load_data(args, CPU).labels.tolist() == [5, 0, 2]
     assert (args.resolution, args.in_channels, args.label_dim) == (8, 3, 6)
-    (tmp_path / 'dataset.json').write_text(json.dumps({'labels': labels[:2]}))
-    with pytest.raises(UserError, match='dataset.json'):
+    picture(tmp_path / labels[0][0], seed=1)
+    with pytest.raises(UserError, match='not what the run was trained on'):
         common.load_data(args, CPU)
+    for wrong in labels[:2], [[name, label - 1] for name, label in labels]:
+        (tmp_path / 'dataset.json').write_text(json.dumps({'labels': wrong}))
+        with pytest.raises(UserError, match='dataset.json'):
+            common.load_data(args, CPU)
 
 
 def test_image_formats_and_the_central_square(tmp_path):
@@ -242,7 +251,9 @@ def test_many_images_are_mapped_from_a_file_which_follows_the_folder(tmp_path, m
     assert torch.equal(common.image_folder(folder).images, plain)
     cache, = tmp_path.glob('pictures-8-*.uint8')
     for path in paths[1:]:
-        path.write_bytes(bytes(path.stat().st_size))                            # is not read again
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))                                   # is not read again
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert torch.equal(common.image_folder(folder).images, plain)
     for i in range(1, 6):
         picture(folder / f'{i}.png', seed=i)
@@ -252,6 +263,10 @@ def test_many_images_are_mapped_from_a_file_which_follows_the_folder(tmp_path, m
     with pytest.raises(UserError, match='delete it'):
         common.image_folder(folder)
     assert set(tmp_path.iterdir()) == {folder, cache, second}
+    for grey in b'\x20', b'\xe0':                                               # other contents of the same size
+        with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
+            archive.writestr('a.ppm', b'P6 20 20 255 ' + 1200 * grey)
+        assert common.image_folder(tmp_path / 'set.zip').images.unique().tolist() == list(grey)
 
 
 def test_the_log_has_every_step_once_and_averages_nothing_away(tmp_path):

@@ -75,7 +75,7 @@ def pictures(folder, seed=0):
     return folder
 
 
-def test_command_on_folders_zips_and_statistics(tmp_path, capsys):
+def test_command_on_folders_zips_and_statistics(tmp_path, capsys, monkeypatch):
     a, b, stats = pictures(tmp_path / 'a'), pictures(tmp_path / 'b', seed=1), tmp_path / 'a.npz'
     shutil.make_archive(b, 'zip', b)
 
@@ -92,6 +92,9 @@ def test_command_on_folders_zips_and_statistics(tmp_path, capsys):
     np.savez(stats, mu=x[0], sigma=x[1], n=12)
     assert measure(b, '--against', stats) == (f'pixel-FD (12 images against 12 of {stats})', value)
     assert measure(a, '--against', b, '--num', 5)[0].startswith('pixel-FD (5 images')
+    monkeypatch.setenv('RANK', '1')                                                         # one process for all that
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert measure(a, '--against', b) == (f'pixel-FD (12 images against 12 of {b})', value)
 
 
 def test_bad_statistics_pictures_and_weights_are_named(tmp_path, refused):

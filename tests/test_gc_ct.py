@@ -85,10 +85,12 @@ def test_analysis_prints_transport_cost_and_regulariser(schedule, boundary, caps
 def test_the_analysis_of_many_images_has_each_among_its_references(capsys, monkeypatch):
     """Near the data E[x0 | x_t] is the image itself, so that independent pairs have next to no regulariser."""
     monkeypatch.setattr(gc_ct, 'rho_levels', lambda n, plain=gc_ct.rho_levels: plain(n)[:2] if n == 12 else plain(n))
-    assert GC.train('--resolution', 4, '--mults', 1, '--steps', 1) == 0
     images, labels = torch.randint(256, (60_000, 3, 4, 4), dtype=torch.uint8), torch.arange(60_000) // 6_000
     monkeypatch.setattr(common, 'shapes', lambda **_: common.Data(images, labels, 10, None))
-    assert 0 <= analysed(GC, capsys)[0][1, 1] < 1e-3
+    assert GC.train('--resolution', 4, '--mults', 1, '--steps', 1) == 0
+    seen, plain = [], gc_ct.diagnostics
+    monkeypatch.setattr(gc_ct, 'diagnostics', lambda *args: (seen.extend(args[5].unique()), plain(*args))[1])
+    assert 0 <= analysed(GC, capsys)[0][1, 1] < 1e-3 and len(set(map(int, seen))) == 10      # not of the first classes
 
 
 def test_lion_is_its_five_lines():
@@ -129,6 +131,13 @@ def test_the_pairs_that_a_run_trains_on(schedule, boundary, mu, spy):
         torch.testing.assert_close(x_t, x_hat + wide(t) * eps, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(x_r, x_hat + wide(r) * eps, rtol=1e-4, atol=1e-4)
         assert not x_t.requires_grad and (schedule == 'ict' or step or (r == 0).any())
+
+
+def test_the_diffusion_model_is_averaged_in_every_step():
+    for every in 1, 100:
+        flags = ['--schedule', 'ect', '--pretrain-steps', 3, '--steps', 3, '--ema-every', every, '--out', every]
+        assert GC.train(*flags) == 0
+    assert same(weights('1'), weights('100'))
 
 
 def test_the_endpoints_are_of_the_average_or_of_the_online_network(spy, after_step):

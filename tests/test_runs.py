@@ -226,9 +226,9 @@ def test_a_signal_ends_the_run(number, gpus, few_pictures, tmp_path):
 
 
 def test_a_signal_is_heard_between_steps_and_a_second_one_at_once(script, after_step, capsys):
-    after_step(1, stop)
+    after_step(1, lambda: (stop(), stop()))                     # one that came in two ways
     assert script.train('--out', 'run1') == 0
-    after_step(1, lambda: (stop(signal.SIGINT), stop(signal.SIGINT)))
+    after_step(1, lambda: (stop(signal.SIGINT), time.sleep(0.6), stop(signal.SIGINT)))
     assert script.train('--out', 'run2') == 130
     after_step(2, stop)
     assert script.train('--out', 'run3', '--steps', 2, '--eval-every', 2) == 0 and ' step' in list(lines('run3')[-1])[1]
@@ -273,7 +273,7 @@ def test_a_benchmark_accounts_for_the_step_and_leaves_a_run_alone(script, after_
     assert script.train('--benchmark', 1) == 0 and files() == before
 
 
-def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
+def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path, monkeypatch):
     module, name = script.module, script.name
     other = next(other for other in SCRIPTS if other != name)
     assert script.train('--steps', 1) == 0
@@ -287,6 +287,7 @@ def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
             ('--step 3 --out x', '--step'), ('--steps', '--steps'),
             ('--eval-every 4 --fid-ref nowhere.npz --out x', 'nowhere.npz'), ('--labels 99 --out x', '--labels 99'),
             ('--pretrain-steps 10 --steps 9 --out x', '--pretrain-steps 10'), ('--out file', 'file'),
+            (f'--out {"x" * 300}', 'too long'),
             ('--batch 9 --gpus 2 --device cpu --out x', '--batch 9', '2 processes'),
             ('--dataset cifar10 --data-dir nowhere/at/all --resolution 16 --out x', 'nowhere'),
             ('--sample nowhere', 'nowhere'), (f'--sample {run} --evaluate {run}', 'one at a time'),
@@ -297,8 +298,13 @@ def test_wrong_flags_are_refused_in_one_line(script, refused, tmp_path):
         free = flags.startswith('--resume') or '--sample' in flags or '--evaluate' in flags
         refused(module, [*([] if free else script.small), *flags.split()], *words)
     refused(importlib.import_module(other), f'--sample {run}', f'run of {name}.py, not of {other}.py')
+    config = json.loads(Path(run, 'config.json').read_text())
+    Path(run, 'config.json').write_text(json.dumps(config | dict(fingerprint='of others')))
+    refused(module, '--resume', 'not what the run was trained on')
     if not torch.cuda.is_available():
         refused(module, '--device cuda --out x', 'no GPU')
+        refused(module, '--gpus 8 --out x', '--gpus 8')
+        monkeypatch.setenv('RANK', '0')                         # as a scheduler may say of one process
         refused(module, '--gpus 8 --out x', '--gpus 8')
     assert {path.name for path in tmp_path.iterdir()} == {'file', 'file.pt', 'runs'}
 
@@ -319,4 +325,4 @@ def test_files_in_a_folder_that_held_no_run_are_left_alone_and_a_moved_run_goes_
     Path('mine').rename('moved')
     assert script.run('--resume', '--out', 'moved', '--steps', 3) == 0 and not Path('mine').exists()
     assert [line['step'] for line in steps('moved')] == [1, 2, 3]
-    assert script.train('--pretrain-steps', 4, '--benchmark', 1) == 0           # of the diffusion model, if that is all
+    assert script.train(*TUNING[script.name], '--pretrain-steps', 4, '--benchmark', 3) == 0     # and beyond its end

@@ -153,14 +153,16 @@ def test_guidance():
 
 
 def test_an_earlier_average_is_kept_and_guides(refused):
-    assert SCT.train('--keep-ema', '0.25,0.5') == SCT.train('--no-cond', '--steps', 1, '--out', 'other') == 0
+    assert SCT.train('--keep-ema', '0.0001,0.5') == SCT.train('--no-cond', '--steps', 1, '--out', 'other') == 0
+    assert SCT.train('--phases', 2, '--steps', 1, '--out', 'phased') == 0
     assert {path.name for path in SCT.out.glob('ema-*')} == {'ema-1.pt', 'ema-2.pt'}
     for w, name in [(1, 'one'), (2, 'two')]:
         assert SCT.run('--sample', SCT.out, '--guide', SCT.out / 'ema-1.pt', '--guidance', w, '--out', name) == 0
     assert SCT.run('--sample', SCT.out, '--out', 'plain') == 0
     plain, one, two = ((Path(name) / 'sample-1-steps.png').read_bytes() for name in ('plain', 'one', 'two'))
     assert plain == one != two
-    refused(sct, f'--sample {SCT.out} --guide other --guidance 2', '--guide', 'other classes')
+    for other in 'other', 'phased':
+        refused(sct, f'--sample {SCT.out} --guide {other} --guidance 2', '--guide', 'same classes, size and phases')
     refused(sct, f'--sample {SCT.out} --guide {SCT.out}', '--guidance')
     refused(sct, f'--sample {SCT.out} --guide nowhere.pt --guidance 2', 'nowhere.pt')
     refused(sct, '--guide other --guidance 2 --out x', '--guide is for --sample')
@@ -176,8 +178,8 @@ def test_analysis_prints_the_variance_of_target_and_gradient(monkeypatch, capsys
     model, data, errors, gradients = sct.load(SCT.out).requires_grad_(True), all_shapes(200, 4), [], []
     net, images = common.network(model, 'fp32'), common.normalise(data.images)
     for j in range(8):
-        index = common.batch_indices(200, 64, j, 0)
-        x0, y, t = images[index], data.labels[index], torch.full((64,), level)
+        index = common.batch_indices(200, model.config['batch'], j, 0)
+        x0, y, t = images[index], data.labels[index], torch.full(index.shape, level)
         x_t = x0 + level * common.randn(x0.shape, 0, j, 'analyse')
         mean = exact_mean(x_t, t, x0, y[:, None] == y).float()
         errors.append((mean - exact_mean(x_t, t, images, y[:, None] == data.labels)).square().mean().item())
@@ -185,15 +187,18 @@ def test_analysis_prints_the_variance_of_target_and_gradient(monkeypatch, capsys
         value = sct.loss(net, x_t, t, mean + wide(r / t) * (x_t - mean), r, y).mean()
         found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
-    noise = np.mean([(gradients[i] - gradients[i + 1]).norm() for i in range(0, 8, 2)])
-    close(table[:, 1, 2], [np.mean(errors), noise / torch.stack(gradients).mean(0).norm()], rtol=3e-3)
+    products = torch.stack(gradients) @ torch.stack(gradients).T                    # of different draws: the mean's own
+    square, mean = products.trace() / 8, (products.sum() - products.trace()) / 56
+    close(table[:, 1, 2], [np.mean(errors), ((square - mean) / mean).sqrt()], rtol=3e-3)
     assert table[0, 1, 1] > table[0, 1, 2] and (table[0, :, 3:] < 1e-9).all()
 
 
 def test_wrong_flags_of_sct(refused):
-    for flags in ('--edges 3,4 --phases 2', '--edges 4,3 --phases 3', '--nfe 1 --phases 2', '--eta 1.5', '--keep-ema 0',
-                  '--ref-size some', '--ref-size 0', '--q 1e300', '--weighting some', '--ema 0.9 --ema-std 0.1'):
+    for flags in ('--edges 3,4 --phases 2', '--edges 4,3 --phases 3', '--edges 80 --phases 2', '--nfe 1 --phases 2',
+                  '--eta 1.5', '--keep-ema 0', '--ref-size some', '--ref-size 0', '--q 1e300', '--weighting some',
+                  '--ema 0.9 --ema-std 0.1'):
         refused(sct, f'{flags} --out x', flags.split()[0])
+    refused(sct, '--ref-size some --out x', 'argument --ref-size: invalid value')
     assert not Path('x').exists()
 
 

@@ -318,12 +318,15 @@ def test_the_published_start_is_for_the_published_network(script, capsys):
     for flags in '', '--width 16', '--attn-resolutions 8', '--cond', '--pretrain-steps 10', '--init none':
         assert script.run('--dataset', 'cifar10', *TUNING[script.name], *flags.split(), '--dry-run') == 0
         assert f'"init": "{"none" if flags else unet.URLS["cifar10"]}"' in capsys.readouterr().out
+    assert script.run(*TUNING[script.name], '--init', 'mine.pt', '--dry-run') == 0
+    assert '"pretrain_steps": 0' in capsys.readouterr().out                         # it would be trained away
 
 
-def test_training_starts_from_the_networks_of_another_run(script, refused):
+def test_training_starts_from_the_networks_of_another_run(script, refused, capsys):
     assert script.train('--steps', 2, '--lr', 0.01) == 0
     init = ['--init', script.out / 'final.pt']
     assert script.train('--steps', 2, '--lr', 0, *init, '--out', 'again') == 0
+    assert ('of the average' in capsys.readouterr().out) == (script.name != 'gc_ct')        # whose average is ramped
     start, again = ({name: value for name, value in weights(out).items() if not name.startswith('encoder.')}
                     for out in (script.out, 'again'))
     assert same(start, again)

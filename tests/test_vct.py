@@ -120,9 +120,12 @@ def test_the_gradient_reaches_the_encoder_and_is_clipped_as_a_whole(monkeypatch)
     assert norm > 3 and any(g.abs().max() > 1e-4 for name, g in free.items() if name.startswith('encoder.'))
     for name, gradient in clipped.items():
         torch.testing.assert_close(gradient, free[name] * 1.5 / norm, rtol=1e-3, atol=1e-7)
+    huge = iter([3e38, torch.inf])
     monkeypatch.setattr(torch.optim, 'Adam', lambda params, *rest, adam=torch.optim.Adam, **few: (
-        params[0].register_hook(lambda grad: torch.full_like(grad, torch.inf)), adam(params, *rest, **few))[1])
-    assert VCT.train('--steps', 1, '--clip', 1.5, '--out', 'bad') == 0
+        params[0].register_hook(lambda grad: torch.full_like(grad, next(huge))), adam(params, *rest, **few))[1])
+    for clip, out in (0, 'huge'), (1.5, 'bad'):
+        assert VCT.train('--steps', 1, '--clip', clip, '--out', out) == 0
+    assert all(g.isfinite().all() for g in first_gradients('huge').values())
     first, *others = first_gradients('bad').values()
     assert lines('bad')[0]['grad_norm'] == 'inf' and not first.any() and any(g.norm() > 0.5 for g in others)
 
