@@ -445,6 +445,7 @@ class Clock:
             print0(f'  {part:<16} {spent / n:9.4f} s  {spent / n / seconds:6.1%}')
         size = 8192 if cuda else 2048
         a = torch.randn(size, size, device=self.device, dtype=DTYPES[precision])
+        torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
         for part in 'warm-up', 'product':
             for _ in range(10):
                 a @ a
@@ -766,7 +767,7 @@ def start(args):
 
     if env.get('WATCH_STDIN'):      # the pipe to the process that started this one closes when that one dies
         threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    torch.set_float32_matmul_precision('high' if args.precision == 'tf32' else 'highest')
+    torch.set_float32_matmul_precision('highest')           # TF32 is for convolutions: the time embedding stays exact
     torch.backends.cudnn.allow_tf32 = args.precision == 'tf32'
     torch.backends.cudnn.benchmark = True       # shapes hardly change: worth trying all convolution algorithms once
     device = torch.device('cpu')
@@ -812,7 +813,7 @@ def compile_in_place(args, *networks):
         torch._dynamo.config.optimize_ddp = False   # student and teacher as one graph each: the same dropout masks
         torch._dynamo.config.cache_size_limit = 64  # a graph for each batch size and mode; few sizes occur
         if hasattr(config, 'backward_pass_autocast'):
-            config.backward_pass_autocast = 'off'   # as in `backward`
+            config.backward_pass_autocast = 'off'   # as in `backward`; torch 2.6 cannot
         for net in networks:
             for module in net, *([net.encoder] if hasattr(net, 'encoder') else []):
                 module.compile(dynamic=False if next(net.parameters()).is_cuda else None)   # for one size: faster

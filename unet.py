@@ -406,7 +406,7 @@ def initial_network(args, device, tunes=False):
         common.print0('tuning starts from random weights; --init CKPT or --pretrain-steps N for a diffusion model')
     rest, constant = args.steps - args.pretrain_steps, vars(args).get('ema_std', 'ramp') is None
     if constant and rest and args.ema ** rest > 0.1 and not args.resume:
-        common.print0(f'{args.ema ** rest:.0%} of the average, which is sampled, will be the first weights; --ema X')
+        common.print0(f'{args.ema ** rest:.0%} of the average, which is sampled, will be the first weights; see --ema')
     if args.init != 'none' and not args.resume:
         run = Path(args.init)                                   # perhaps a run's folder
         path = next((path for path in (run / 'final.pt', run / 'checkpoint.pt') if path.exists()), args.init)

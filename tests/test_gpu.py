@@ -20,9 +20,10 @@ GPU = 'cuda'
 both = pytest.mark.parametrize('kind', [unet.SongUNet, unet.EDM2UNet])
 
 
-def make(kind, dropout=0.0):
+def make(kind, dropout=0.0, width=64):
     torch.manual_seed(0)
-    net = kind(16, 3, 3, model_channels=64, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,), dropout=dropout)
+    net = kind(16, 3, 3, model_channels=width, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,),
+               dropout=dropout)
     for name, p in net.named_parameters():
         p.data += 1 if name == 'out_gain' else 0.02 * torch.randn_like(p)       # no layer that starts at zero
     return net
@@ -39,14 +40,15 @@ def on(device, net, values):
     return net.to(device, memory_format=torch.channels_last), [value.to(device) for value in values]
 
 
-@pytest.mark.parametrize('precision, compiled', [*((p, False) for p in PRECISIONS), ('fp32', True), ('bf16', True)])
+@pytest.mark.parametrize('precision, compiled, width', [        # 128: attention of 256 channels a head, as CIFAR-10's
+    *((p, False, 64) for p in PRECISIONS), ('fp32', True, 64), ('bf16', True, 64), ('bf16', False, 128),
+    ('fp16', False, 128)])
 @both
-def test_losses_and_gradients_are_those_of_the_cpu(kind, precision, compiled, monkeypatch):
+def test_losses_and_gradients_are_those_of_the_cpu(kind, precision, compiled, width, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', precision == 'tf32')
-    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
     found = {}
     for device, arithmetic in (('cpu', 'fp32'), (GPU, precision)):
-        net, values = on(device, make(kind), batch())
+        net, values = on(device, make(kind, width=width), batch())
         if compiled and device == GPU:
             net.compile(dynamic=False)
         loss = sct.loss(common.network(net, arithmetic), *values)
@@ -129,29 +131,39 @@ def test_samples_are_those_of_the_cpu(script):
     torch.testing.assert_close(images[0].cpu(), images[1], rtol=0, atol=2e-3)
 
 
-def test_two_processes_on_one_gpu_are_one(few_shapes, tmp_path):
-    """By gloo, as NCCL wants a GPU for each; what the launcher's --gpus 2 does where there are two."""
-    code = '''if 1:
+def in_processes(n, change, out, tmp_path, **env):
+    """n processes of sct.py, whose keywords to init_process_group are changed by `change`, code."""
+    code = f'''if 1:
         import sys, torch.distributed as dist
         sys.path.insert(0, sys.argv.pop(1))
         begin = dist.init_process_group
-        dist.init_process_group = lambda backend, device_id=None, **more: begin('gloo', **more)
+        dist.init_process_group = lambda backend, **more: begin({change})
         import common, sct
         sys.exit(common.run(sct.main))'''
     flags = ['--resolution', '8', '--width', '8', '--mults', '1,1', '--blocks', '1', '--batch', '8', '--steps', '6',
-             '--no-cond', '--ref-size', '4', '--pretrain-steps', '2', '--eval-every', '100', '--overwrite']
+             '--no-cond', '--ref-size', '4', '--pretrain-steps', '2', '--eval-every', '100', '--out', out]
+    env = dict(os.environ, INIT_METHOD=f'file://{tmp_path}/meet-{out}', WORLD_SIZE=str(n)) | env
+    command = [sys.executable, '-c', code, str(ROOT), *flags]
+    runs = [subprocess.Popen(command, env=env | dict(RANK=str(i), LOCAL_RANK=str(i))) for i in range(n)]
+    assert [run.wait(300) for run in runs] == [0] * n
+
+
+def test_two_processes_on_one_gpu_are_one(few_shapes, tmp_path):
+    """By gloo, as NCCL wants a GPU for each; what the launcher's --gpus 2 does where there are two."""
     for n in (1, 2):
-        env = [dict(os.environ, INIT_METHOD=f'file://{tmp_path}/meet-{n}', RANK=str(i), LOCAL_RANK=str(i),
-                    WORLD_SIZE=str(n)) for i in range(n)]
-        command = [sys.executable, '-c', code, str(ROOT), *flags, '--out', f'by-{n}']
-        runs = [subprocess.Popen(command, env=e) for e in env]
-        assert [run.wait(300) for run in runs] == [0] * n
+        in_processes(n, '"gloo", **more | dict(device_id=None)', f'by-{n}', tmp_path)
     for name, value in weights('by-1').items():
         torch.testing.assert_close(weights('by-2')[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_nccl_meets_and_averages(few_shapes, tmp_path):
+    """All that eight GPUs ask of NCCL, in a group of the first of two processes alone."""
+    in_processes(1, 'backend, **more | dict(world_size=1)', 'alone', tmp_path, WORLD_SIZE='2')
+    assert all(isinstance(line.get('loss', 0.0), float) for line in lines('alone'))
+
+
 def test_the_posterior_mean_is_not_rounded_to_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
+    torch.set_float32_matmul_precision('high')
     x, refs, t = torch.randn(16, 3, 8, 8), torch.randn(300, 3, 8, 8), torch.linspace(0.2, 5, 16)
     exact = sct.posterior_mean(x.double(), t.double(), refs.double()).float()
     torch.testing.assert_close(sct.posterior_mean(x.cuda(), t.cuda(), refs.cuda()).cpu(), exact, rtol=1e-3, atol=1e-4)

@@ -109,8 +109,9 @@ def test_microbatches_equal_the_whole_batch(script):
 
 
 def test_gradients_in_16_bits_are_those_in_32(script):
-    for precision in ('fp32', 'bf16', 'fp16'):
+    for precision in ('fp32', 'bf16', 'fp16', 'tf32'):
         assert script.train('--precision', precision, '--steps', 1, '--out', precision) == 0
+    assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == 'highest'    # convolutions alone
     full, *half = (lines(out)[0]['grad_norm'] for out in ('fp32', 'bf16', 'fp16'))
     np.testing.assert_allclose(half, full, rtol=0.1)
 
