@@ -133,8 +133,6 @@ def true_float32():
 def make_optimizer(args, net, **own):
     """--optimizer over the parameters of net; `own`: the classes of those that torch lacks, by name."""
     kinds = dict(Adam=torch.optim.Adam, RAdam=torch.optim.RAdam) | own
-    if args.optimizer not in kinds:
-        raise UserError(f'--optimizer {args.optimizer}: {args.script}.py has {" and ".join(kinds)}')
     if len(args.betas) != 2:
         raise UserError('--betas: two numbers')
     params = list(net.parameters())
@@ -286,26 +284,22 @@ FMNIST_MD5 = {'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
 
 
 def cifar10(root):
-    """CIFAR-10's training set: its binary files, or the archive, in `root` or downloaded to there."""
+    """CIFAR-10's training set: its binary files, or the archive, in `root` or downloaded to there; or one .bin file."""
     names = [f'data_batch_{i}.bin' for i in range(1, 6)]
     archive = root if root.is_file() else root / 'cifar-10-binary.tar.gz'
     folder = root if (root / names[0]).exists() else archive.parent / 'cifar-10-batches-bin'
-    with or_refuse(f'{root} does not hold CIFAR-10, or not all of it'):
-        if folder.exists():
+    with or_refuse(f'{root} does not hold CIFAR-10, or it is not whole'):
+        if root.suffix == '.bin':
+            parts = [root.read_bytes()]
+        elif folder.exists():
             parts = [(folder / name).read_bytes() for name in names]
         else:
             download(CIFAR10_URL, archive, 'md5', CIFAR10_MD5)
             tar = tarfile.open(archive)                         # read in place: nothing is unpacked
             parts = [tar.extractfile(f'cifar-10-batches-bin/{name}').read() for name in names]
-    return Data(*cifar10_records(parts), 10, archive.parent)
-
-
-def cifar10_records(parts):
-    """The bytes of CIFAR-10's .bin files -> images uint8 (N, 3, 32, 32), labels int64 (N,)."""
-    with or_refuse('a file of CIFAR-10 is not whole'):
         records = np.concatenate([np.frombuffer(part, np.uint8).reshape(10_000, 3073) for part in parts])
     labels, images = torch.from_numpy(records).split([1, 3072], 1)                  # 1024 red, 1024 green, 1024 blue
-    return images.reshape(-1, 3, 32, 32).contiguous(), labels[:, 0].long()
+    return Data(images.reshape(-1, 3, 32, 32).contiguous(), labels[:, 0].long(), 10, archive.parent)
 
 
 def fmnist(root):
@@ -560,9 +554,8 @@ def open_run(args, **parts):
     if rank() == 0:
         replaces = (out / 'config.json').exists() and not args.resume              # else nothing there is ours
         old = ['*.pt', 'samples/*.png', 'metrics.jsonl'] if replaces else []
-        with or_refuse(f'--out {out}'):
-            for path in [path for pattern in ['*.part', *old] for path in out.glob(pattern)]:
-                path.unlink()
+        for path in [path for pattern in ['*.part', *old] for path in out.glob(pattern)]:
+            path.unlink()
         write_atomic(out / 'config.json', lambda file: file.write(json.dumps(config_of(args), indent=2).encode()))
     return step
 
@@ -663,8 +656,6 @@ def use_run(args, device, load, sample, analyse):
     compile_in_place(args, model)
     sample_fn = functools.partial(sample, model, labels=args.labels)
     if args.analyse:
-        if world_size() > 1:
-            raise UserError('--analyse: with one process')
         analyse(args, model, device)
     elif args.evaluate:
         fid.evaluate(fid.prepare(args, device), args, sample_fn)
@@ -897,7 +888,7 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     add('--steps', type=many, metavar='N', help='training steps, with those of --pretrain-steps')
     add('--init', metavar='CKPT', help="weights to start from: file or URL, ours, EDM's, EDM2's, ECT's; none: random")
     add('--pretrain-steps', type=number(int, 0, 10 ** 9), metavar='N', help='first train as a diffusion model so long')
-    add('--optimizer', choices=['Adam', 'RAdam', 'Lion'], help='Lion: gc_ct.py alone')
+    add('--optimizer', choices=sorted({preset['optimizer'] for preset in presets.values()}), help='Lion: our own')
     add('--betas', type=number(float, 0, 0.99999, many=True), metavar='X,X', help="decays of the optimiser's averages")
     add('--lr', type=number(float, 0, 1e30), metavar='X', help='learning rate')
     add('--lr-decay', type=many, metavar='N', help='falls with the inverse root of the step after N')
@@ -918,10 +909,12 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     add('--dry-run', action='store_true', help='print the settings and stop')
     add('--debug', action='store_true', help='show tracebacks')
     add('--help', '-h', action='store_true', help='show this and stop')
-    add = group('sampling and evaluation')
+    use = parser.add_argument_group('sampling and evaluation')
+    add = use.add_mutually_exclusive_group().add_argument
     add('--sample', metavar='CKPT', help='write a grid of samples of this checkpoint or run and stop')
     add('--evaluate', metavar='CKPT', help='print the Fréchet distance of this checkpoint or run and stop')
     add('--analyse', metavar='CKPT', help="print the paper's diagnostics of this checkpoint or run and stop")
+    add = use.add_argument
     add('--n', type=count, metavar='N', help='images that --sample writes; of several --nfe at most 16')
     add('--nfe', type=number(int, 1, 1000, many=True), metavar='N,N', help='network evaluations; 1, or one a phase')
     add('--labels', type=number(int, 0, 10 ** 6, many=True), metavar='N,N', help='classes of the samples, in turn')
@@ -932,18 +925,17 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
 
     given = vars(parser.parse_args(argv))                       # nothing but what was said
     free, saved = FREE_FLAGS | set(free.split()), {}
-    use = [given[name] for name in ('sample', 'evaluate', 'analyse') if name in given]
-    if len(use) > 1:
-        raise UserError('--sample, --evaluate and --analyse: one at a time')
-    if use:
+    use = next((given[name] for name in ('sample', 'evaluate', 'analyse') if name in given), None)
+    beside = use and (use if Path(use).is_dir() else str(Path(use).parent))
+    out = given.setdefault('out', beside or f'runs/{script}-{given.get("dataset", "shapes")}')
+    if use is not None:
         free |= {'seed', 'precision'}                           # how it was trained is not how it is sampled
-        saved = load_checkpoint(use[0])['config']
-        for name in ('out', 'gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'):
+        saved = load_checkpoint(use)['config']
+        for name in ('gpus', 'device', 'compile', 'microbatch', 'nfe', 'labels'):
             saved.pop(name, None)
     elif 'resume' in given:
-        out = given.get('out', f'runs/{script}-{given.get("dataset", "shapes")}')
         with or_refuse(f'{out} holds no run that can be read'):
-            saved = json.loads(Path(out, 'config.json').read_text()) | dict(out=out)
+            saved = json.loads(Path(out, 'config.json').read_text())
     if saved.get('script', script) != script:
         raise UserError(f'that is a run of {saved["script"]}.py, not of {script}.py')
     for name, value in given.items():
@@ -953,11 +945,8 @@ def parse_args(script, doc, presets, add_flags, argv, switch='arch', free=''):
     known = DEFAULTS | saved | given
     preset = presets.get((known['dataset'], known.get(switch)), presets[known['dataset']])
     flags = {action.dest: False if action.nargs == 0 else None for action in parser._actions}
-    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=use[0] if use else None)
+    args = argparse.Namespace(**flags | DEFAULTS | preset | saved | given, use=use)
     args.script, args.argv = script, list(argv)
-    if args.out is None and use:                                # beside what is used
-        args.out = use[0] if Path(use[0]).is_dir() else str(Path(use[0]).parent)
-    args.out = args.out or f'runs/{script}-{args.dataset}'
     if 'ema' in given and not saved:                            # the flag that is given wins over the preset
         if 'ema_std' in given:
             raise UserError('--ema and --ema-std: one of them')
@@ -1032,8 +1021,6 @@ def run(main, argv=None):
         code, text = 2, str(error)
         if isinstance(error, KeyboardInterrupt):
             code, text = 130, 'interrupted'
-        elif isinstance(error, OSError) and not error.filename:     # else it is a path that cannot be looked at
-            raise
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:      # of a GPU, of a CPU
             text = 'out of memory: lower --batch, or split it with --microbatch'
         elif isinstance(error, RuntimeError):

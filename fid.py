@@ -253,9 +253,8 @@ def read_pictures(path, resolution=None):
     path = Path(path)
     if not path.exists():
         raise common.UserError(f'{path}: there is no such file or folder')
-    if path.suffix == '.bin':
-        return common.cifar10_records([path.read_bytes()])[0]
-    if path.name.endswith('.tar.gz') or any((path / n).exists() for n in ('data_batch_1.bin', 'cifar-10-batches-bin')):
+    here = any((path / name).exists() for name in ('data_batch_1.bin', 'cifar-10-batches-bin'))
+    if here or path.name.endswith(('.bin', '.tar.gz')):
         return common.cifar10(path).images
     return common.image_folder(path, resolution).images
 
