@@ -22,7 +22,7 @@ The rest: a smooth schedule of the gap [2], phases with edge-skipping [3], guida
 Where the paper leaves a choice, and where we deviate from it or from ECT's published code (`[n]` in the code):
 [1] References: `all`, the training set (best in the paper's Fig. 4); `batch`, the global minibatch; or N, drawn anew in
     each step. With labels, of the image's own class: in ImageNet's batches of 128, 88 % are alone, which is ECT.
-[2] Our readings of "smoother": ECT's stage grows continuously, to one beyond its last; of its weighting: 1 / t, a flag.
+[2] Our readings: of "smoother", that ECT's stage grows continuously, to one beyond its last; of its weighting, 1 / t.
 [3] Phases, our reading, after Wang et al. 2024 (arXiv 2405.18407): edges at rho 7 (EDM Eq. 5); r >= s, the lower edge
     of t's phase; the loss compares the points x_s = f + s (x_t - f) / t that two predictions reach there.
 [4] `--pretrain-steps` first trains the diffusion model to be tuned: EDM's levels, weight and averaging, towards x0_hat.

@@ -203,6 +203,17 @@ def test_two_processes_equal_one(name, flags, two, few_shapes, monkeypatch):
         torch.testing.assert_close(one[key], both[key], rtol=1e-3, atol=2e-3 if name == 'gc_ct' else 1e-3)
 
 
+def test_the_steps_of_a_slurm_job_meet_at_ports_of_their_own(script, monkeypatch):
+    before, ports = dict(os.environ), []
+    slurm = dict(SLURM_STEP_NUM_TASKS='2', SLURM_PROCID='0', SLURM_LOCALID='0', SLURM_JOB_ID='123456')
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *_, **__: ports.append(
+        int(os.environ['MASTER_PORT'])) or sys.exit())
+    for step in '0', '1', '0':
+        monkeypatch.setattr(os, 'environ', before | slurm | dict(SLURM_STEP_ID=step))
+        assert script.train('--out', 'x') == 0
+    assert ports[0] == ports[2] != ports[1] and all(1024 < port < 65536 for port in ports)
+
+
 def test_an_error_of_all_processes_is_one_line_and_their_exit_code(few_pictures, command):
     flags = [*few_pictures, *Script('sct').small, '--resolution', 10, '--mults', '1,1,1']
     done = command('sct.py', *flags, '--gpus', 2, '--device', 'cpu', '--out', 'x')

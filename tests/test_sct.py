@@ -1,5 +1,6 @@
 """sct.py against the published estimator of the posterior mean (`stf_targets.npz`: Newbeeer/stf), brute force in
 float64, and data whose exact consistency function is known. What is as in the other scripts: test_shared.py."""
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,9 @@ def test_analysis_prints_the_variance_of_target_and_gradient(monkeypatch, capsys
     square, mean = products.trace() / 8, (products.sum() - products.trace()) / 56
     close(table[:, 1, 2], [np.mean(errors), ((square - mean) / mean).sqrt()], rtol=3e-3)
     assert table[0, 1, 1] > table[0, 1, 2] and (table[0, :, 3:] < 1e-9).all()
+    plain, signs = sct.loss, itertools.cycle([1, -1])                               # a mean that cannot be told from 0
+    monkeypatch.setattr(sct, 'loss', lambda *args, **more: next(signs) * plain(*args, **more))
+    assert (analysed(SCT, capsys)[0].reshape(2, 2, 5)[1, :, 1:] == 100).all()
 
 
 def test_wrong_flags_of_sct(refused):
