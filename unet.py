@@ -75,6 +75,11 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight, self.bias, padding=pad)
 
 
+def place_for(x):
+    """Memory like x for a result in float32, which is then rounded as it is written; a compiler sees to that itself."""
+    return None if torch.compiler.is_compiling() else torch.empty_like(x)
+
+
 class GroupNormFunction(torch.autograd.Function):
     """GroupNorm of n groups, in float32, that keeps channels_last; CUDA's ends NCHW, which all convolutions convert."""
 
@@ -87,7 +92,7 @@ class GroupNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, scale)
         with torch.autocast(x.device.type, enabled=False):      # it would copy x to float32 first
             shift = torch.addcmul(bias.view(n, -1, 1, 1), mean, scale, value=-1)
-            y = torch.addcmul(shift, x, scale).to(x.dtype)
+            y = torch.addcmul(shift, x, scale, out=place_for(x)).to(x.dtype)
         return y.flatten(1, 2)          # as the last, a cast that changes nothing: torch 2.11 compiles gradients of 0
 
     @staticmethod
@@ -96,10 +101,11 @@ class GroupNormFunction(torch.autograd.Function):
         x, mean, rstd, scale = ctx.saved_tensors
         grad, n = grad.unflatten(1, x.shape[1:3]), x[0, 0].numel()
         d_bias = grad.sum((3, 4), keepdim=True, dtype=torch.float32)
-        d_weight = rstd * torch.addcmul((grad.float() * x).sum((3, 4), keepdim=True), mean, d_bias, value=-1)
+        product = torch.addcmul(rstd.new_zeros(1), grad, x).sum((3, 4), keepdim=True)           # in float32 by the zero
+        d_weight = rstd * torch.addcmul(product, mean, d_bias, value=-1)
         along = rstd * (scale * d_weight).sum(2, keepdim=True) / n                              # of x - mean
         rest = torch.addcmul(mean * along - (scale * d_bias).sum(2, keepdim=True) / n, x, along, value=-1)
-        d_x = torch.addcmul(rest, grad, scale).flatten(1, 2).to(x.dtype)
+        d_x = torch.addcmul(rest, grad, scale, out=place_for(x)).flatten(1, 2).to(x.dtype)
         return d_x, d_weight.sum(0).flatten(), d_bias.sum(0).flatten(), None, None
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import sct
@@ -162,6 +163,19 @@ def test_networks_need_nothing_but_torch(tmp_path):
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=120)
 
 
+class WholeCasts(TorchDispatchMode):
+    """Counts the copies of `size` numbers in another type."""
+    count = 0
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].numel() == self.size
+        return function(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, tolerance, compiled):
@@ -170,7 +184,7 @@ def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, to
     norm, x = GroupNorm(16), x.to(dtype, memory_format=torch.channels_last)        # eps matters for the last four
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     on_gpus = lambda x: GroupNormFunction.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    found = []
+    found, casts = [], WholeCasts(x.numel())
     for call in norm, torch.compile(on_gpus, fullgraph=True, backend='aot_eager') if compiled else on_gpus:
         y = call(x.requires_grad_(True))
         along = torch.sin(torch.arange(768).view(y.shape))
@@ -179,3 +193,6 @@ def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, to
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in found[1][:2])
+    with casts:
+        on_gpus(x).sum().backward()
+    assert casts.count == (dtype != torch.float32)      # for the variance; results are rounded as they are written
