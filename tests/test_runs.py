@@ -21,7 +21,7 @@ import common
 import fid
 import sct
 import vct
-from conftest import ROOT, SCRIPTS, TUNING, Script, all_shapes, endless, lines, same, stop, weights
+from conftest import ROOT, SCRIPTS, TUNING, Script, all_shapes, endless, lines, same, start, stop, weights
 
 
 def steps(out):
@@ -214,13 +214,14 @@ def test_the_steps_of_a_slurm_job_meet_at_ports_of_their_own(script, monkeypatch
     assert ports[0] == ports[2] != ports[1] and all(1024 < port < 65536 for port in ports)
 
 
-def test_an_error_of_all_processes_is_one_line_and_their_exit_code(few_pictures, command):
+def test_an_error_of_all_processes_is_one_line_and_their_exit_code(few_pictures, tmp_path):
     flags = [*few_pictures, *Script('sct').small, '--resolution', 10, '--mults', '1,1,1']
-    done = command('sct.py', *flags, '--gpus', 2, '--device', 'cpu', '--out', 'x')
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and '--arch' in done.stderr, done.stderr
+    process = start('sct', tmp_path, *flags, '--gpus', 2, '--device', 'cpu', '--out', 'x')
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 2 and error.count('\n') == 1 and '--arch' in error, error
 
 
-def test_the_first_copy_that_fails_ends_the_others(signals, tmp_path, monkeypatch):
+def test_the_first_copy_that_fails_ends_the_others(tmp_path, monkeypatch):
     (tmp_path / 'sct.py').write_text('import os, sys, time\ntime.sleep(60 * (os.environ["RANK"] == "0")), sys.exit(3)')
     monkeypatch.setattr(common, '__file__', str(tmp_path / 'common.py'))        # beside which the script is
     begin = time.monotonic()

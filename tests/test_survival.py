@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import common
-from conftest import SCRIPTS, Script, endless, lines, room, same, start, stop, weights
+from conftest import SCRIPTS, Script, endless, lines, room, same, slow, start, stop, weights
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize('name, gpus, kills', [*((name, 1, 20) for name in SCRIPTS), ('sct', 2, 5)])
 def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, tmp_path):
     """SIGKILL at random moments, resumed each time: the same weights bit for bit, and every step noted once."""
@@ -116,7 +116,7 @@ HOSTILE = ['-1', '0', '1', '2', '7', '0.5', '1e-3', 'nan', 'inf', '-inf', '1e308
            'file', 'folder', 'broken.pt', 'http://127.0.0.1:9/x', '\u00fc\u4e2d', '--', '%s']
 
 
-@pytest.mark.parametrize('count', [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', [40, pytest.param(500, marks=slow)])
 def test_random_command_lines(script, count, tmp_path, capsys):
     """Real flags with hostile values: exit code 0 or 2, one line, no traceback, no hang, nothing outside --out."""
     Path('file').write_text('text')

@@ -14,7 +14,7 @@ import torch
 import common
 import sct
 from common import UserError
-from conftest import ROOT, named_weights
+from conftest import ROOT, named_weights, slow
 from unet import EDM2UNet, GroupNorm, GroupNormFunction, SongUNet, load_weights, normalize
 
 SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
@@ -31,7 +31,7 @@ def inputs(n=2):
 
 @pytest.mark.parametrize('name, network', [('songunet_ddpmpp', SongUNet), ('songunet_ncsnpp_cond', SongUNet),
                                            ('edm2_unet_cond', EDM2UNet)])
-@pytest.mark.parametrize('way', ['plain', 'channels', pytest.param('compiled', marks=[pytest.mark.slow, compiler])])
+@pytest.mark.parametrize('way', ['plain', 'channels', pytest.param('compiled', marks=[slow, compiler])])
 def test_published_numbers(name, network, way):
     golden = np.load(Path(__file__).parent / f'data/{name}.npz')
     net = network(**json.loads(str(golden['config'])))
@@ -48,7 +48,7 @@ def test_published_numbers(name, network, way):
     np.testing.assert_allclose(x.grad.numpy(), golden['grad_x'], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@slow
 @compiler
 def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
     """At r = t both see the same image: with equal masks the loss is 0, with a mask of the teacher's own it is not."""
