@@ -35,16 +35,13 @@ slow = pytest.mark.skipif(not os.environ.get('RUN_SLOW'), reason='takes minutes:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without fsync, and without the stack trace that torch.manual_seed formats at every call where no GPU is.
-
-    Afterwards Ctrl-C and SIGTERM do what they did: a run that is trained here catches them.
-    """
+    """Without fsync, and without the stack trace that torch.manual_seed formats at every call where no GPU is."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, 'fsync', lambda file: None)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch, 'manual_seed', torch.default_generator.manual_seed)
     yield
-    for number, handler in before.items():
+    for number, handler in before.items():              # a run that is trained here catches them
         signal.signal(number, handler)
 
 

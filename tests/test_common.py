@@ -17,7 +17,7 @@ from PIL import Image
 import common
 import sct
 from common import UserError
-from conftest import lines, picture
+from conftest import lines, picture, room
 
 CPU = torch.device('cpu')
 
@@ -52,9 +52,15 @@ def test_each_process_has_dropout_masks_of_its_own_in_each_step(monkeypatch):
     args = Namespace(batch=8, microbatch=None, seed=0, precision='fp32')
     seeds = lambda step: [seed for _, seed in common.microbatches(torch.nn.Linear(1, 1), args, step, id)]
     found = seeds(5) + seeds(6)
-    monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
     assert len({*found, *seeds(5)}) == 3
+
+
+def test_a_shape_is_a_function_of_its_number_and_its_label_says_which():
+    data, names = common.shapes(40, 24), list(common.SHAPES)
+    assert all(np.array_equal(image, common.draw_shape(i, 24)) for i, image in enumerate(data.images))
+    hollow = [names[label] for x, label in zip(data.images, data.labels) if torch.equal(x[:, 12, 12], x[:, 0, 0])]
+    assert hollow == ['ring', 'frame'] * 4                                      # in the middle as in the corner
 
 
 def test_bytes_become_floats_and_the_nearest_bytes_again():
@@ -211,6 +217,9 @@ def test_many_images_are_mapped_from_a_file_which_follows_the_folder(tmp_path, m
     paths = [picture(folder / f'{i}.png', seed=i) for i in range(5)]
     plain = common.image_folder(folder).images
     monkeypatch.setattr(common, 'MAPPED', 900)
+    with room(500), pytest.raises(UserError, match='uint8 could not be written'):
+        common.image_folder(folder)
+    assert list(tmp_path.iterdir()) == [folder]
     assert torch.equal(common.image_folder(folder).images, plain)
     cache, = tmp_path.glob('pictures-8-*.uint8')
     for path in paths[1:]:

@@ -208,9 +208,8 @@ def test_fmnist_is_found_or_downloaded_and_checked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('images, labels', [
     *([gzip.compress(part) for part in pair] for pair in [
-        (IMAGES[:-1], LABELS), (b'PNG' + IMAGES, LABELS), (IMAGES, b''), (IMAGES, b'x' * 38), (IMAGES, LABELS[:-1]),
-        (IMAGES, idx(np.full(30, 10))), (b'\0\0\r' + IMAGES[3:], LABELS),
-        (idx(np.zeros((0, 28, 28))), idx(np.zeros(0)))]),
+        (IMAGES[:-1], LABELS), (IMAGES, b''), (IMAGES, LABELS[:-1]), (IMAGES, idx(np.full(30, 10))),
+        (b'\0\0\r' + IMAGES[3:], LABELS), (idx(np.zeros((0, 28, 28))), idx(np.zeros(0)))]),
     *((packed, PACKED[1]) for packed in (PACKED[0][:-20], b'no gzip', PACKED[0][:40] + bytes(40)))])
 def test_fmnist_that_is_damaged(images, labels, tmp_path):
     fashion(tmp_path / 'fashion-mnist', images, labels)
