@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_falls_back_or_is_refused_and_without_one_a_run_sta
             common.load_checkpoint(script.out)
     path.unlink()
     assert script.run('--resume', '--out', script.out) == 0 and 'no checkpoint yet' in capsys.readouterr().out
-    assert [line['step'] for line in lines(script.out)] == [1, 2, 3, 4] and (script.out / 'final.pt').exists()
+    assert [line['step'] for line in lines(script.out)] == [1, 2, 3, 4, 4] and (script.out / 'final.pt').exists()
 
 
 def test_a_full_disk_ends_the_run_with_a_line_and_it_can_be_resumed(script, after_step, capsys):
