@@ -24,31 +24,26 @@ import pytest
 import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
 
 DATA = Path(os.environ.get('REAL_DATA', ROOT / 'data'))
-
-
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'assets: needs real data or weights in data/ (or $REAL_DATA); skipped without')
-    config.addinivalue_line('markers', 'slow: takes minutes; run with RUN_SLOW=1')
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker('slow') and not os.environ.get('RUN_SLOW'):
-            item.add_marker(pytest.mark.skip(reason='slow: set RUN_SLOW=1'))
+slow = pytest.mark.skipif(not os.environ.get('RUN_SLOW'), reason='takes minutes: set RUN_SLOW=1')
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without fsync, and without the stack trace that torch.manual_seed formats at every call where no GPU is."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, 'fsync', lambda file: None)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch, 'manual_seed', torch.default_generator.manual_seed)
+    yield
+    for number, handler in before.items():              # a run that is trained here catches them
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -61,16 +56,6 @@ def real():
     return find
 
 
-@pytest.fixture
-def command(tmp_path):
-    """command('sct.py', '--steps', 2) runs it as a user would, in an empty folder -> CompletedProcess with its text."""
-    def call(script, *flags, timeout=300):
-        env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
-        return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], capture_output=True, text=True,
-                              cwd=tmp_path, env=env, timeout=timeout, stdin=subprocess.DEVNULL)
-    return call
-
-
 def picture(path, size=(8, 8), seed=0, mode='RGB'):
     """Writes a picture of random pixels. -> path"""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,13 +64,17 @@ def picture(path, size=(8, 8), seed=0, mode='RGB'):
     return path
 
 
+def pictures(folder, n=12, seed=0):
+    """Writes n pictures, no two alike. -> folder"""
+    for i in range(n):
+        picture(folder / f'{i:02}.png', seed=100 * seed + i)
+    return folder
+
+
 @pytest.fixture(scope='session')
 def few_pictures(tmp_path_factory):
     """The flags for 40 pictures: processes that train on them need not draw 10,000 shapes before they begin."""
-    folder = tmp_path_factory.mktemp('pictures')
-    for i in range(40):
-        picture(folder / f'{i}.png', seed=i)
-    return ['--dataset', 'folder', '--data-dir', str(folder)]
+    return ['--dataset', 'folder', '--data-dir', str(pictures(tmp_path_factory.mktemp('pictures'), 40))]
 
 
 @pytest.fixture
@@ -152,16 +141,7 @@ def script(request, few_shapes):
 
 
 @pytest.fixture
-def signals():
-    """Brings back what Ctrl-C and SIGTERM do to the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def after_step(signals):
+def after_step():
     """after_step(n, act) calls act() when an optimiser has done its n-th step from now."""
     hooks = []
 
@@ -235,6 +215,19 @@ def spy(monkeypatch):
         monkeypatch.setattr(owner, name, call)
         return calls
     return watch
+
+
+class Casts(TorchDispatchMode):
+    """Notes the address and size of each tensor that is copied in another type."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.found.append((args[0].data_ptr(), args[0].numel()))
+        return function(*args, **kwargs or {})
 
 
 def close(a, b, rtol=1e-4, atol=1e-5):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import common
 import fid
-from conftest import picture
+from conftest import pictures, slow, start
 
 GOLDEN = np.load(Path(__file__).parent / 'data/fid.npz')
 
@@ -50,7 +50,6 @@ def test_loading_folds_batch_norm_which_changes_nothing_and_names_are_pytorch_fi
     torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.assets
 def test_features_are_the_published_ones(real):
     net, name = fid.load_inception(real('inception-2015-12-05.pth'))
     assert name == 'FID'
@@ -59,20 +58,13 @@ def test_features_are_the_published_ones(real):
         np.testing.assert_allclose(net(images).numpy(), GOLDEN[f'features{size}'], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.assets
-@pytest.mark.slow
-def test_fid_of_cifar10s_own_pictures(real, command):
+@slow
+def test_fid_of_cifar10s_own_pictures(real, tmp_path):
     """2,000 test images against 5,000 training images: the figure that torch-fidelity's network gives is 18.36."""
     data = real('cifar-10-batches-bin')
-    done = command('fid.py', data / 'test_batch.bin', '--num', 2000, '--against', data, '--against-num', 5000,
-                   '--inception', real('inception-2015-12-05.pth'), timeout=3600)
-    assert abs(float(done.stdout.split()[-1]) - 18.36) < 0.02
-
-
-def pictures(folder, seed=0):
-    for i in range(12):
-        picture(folder / f'{i:02}.png', seed=100 * seed + i)
-    return folder
+    process = start('fid', tmp_path, data / 'test_batch.bin', '--num', 2000, '--against', data, '--against-num', 5000,
+                    '--inception', real('inception-2015-12-05.pth'))
+    assert abs(float(process.communicate(timeout=3600)[0].split()[-1]) - 18.36) < 0.02
 
 
 def test_command_on_folders_zips_and_statistics(tmp_path, capsys, monkeypatch):

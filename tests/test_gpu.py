@@ -12,7 +12,7 @@ import common
 import fid
 import sct
 import unet
-from conftest import ROOT, TUNING, lines, same, weights, wide
+from conftest import ROOT, SMALL, TUNING, lines, same, weights, wide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 PRECISIONS = {'fp32': 1e-4, 'tf32': 0.01, 'fp16': 0.01, 'bf16': 0.05}       # relative error of a loss
@@ -140,8 +140,7 @@ def in_processes(n, change, out, tmp_path, **env):
         dist.init_process_group = lambda backend, **more: begin({change})
         import common, sct
         sys.exit(common.run(sct.main))'''
-    flags = ['--resolution', '8', '--width', '8', '--mults', '1,1', '--blocks', '1', '--batch', '8', '--steps', '6',
-             '--no-cond', '--ref-size', '4', '--pretrain-steps', '2', '--eval-every', '100', '--out', out]
+    flags = [*SMALL, *'--steps 6 --no-cond --ref-size 4 --pretrain-steps 2 --eval-every 100 --out'.split(), out]
     env = dict(os.environ, INIT_METHOD=f'file://{tmp_path}/meet-{out}', WORLD_SIZE=str(n)) | env
     command = [sys.executable, '-c', code, str(ROOT), *flags]
     runs = [subprocess.Popen(command, env=env | dict(RANK=str(i), LOCAL_RANK=str(i))) for i in range(n)]
@@ -169,7 +168,6 @@ def test_the_posterior_mean_is_not_rounded_to_tf32(monkeypatch):
     torch.testing.assert_close(sct.posterior_mean(x.cuda(), t.cuda(), refs.cuda()).cpu(), exact, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.assets
 def test_inception_features_are_those_of_the_cpu(real):
     path = str(real('inception-2015-12-05.pth'))
     images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import common
-from conftest import SCRIPTS, Script, endless, lines, room, same, start, stop, weights
+from conftest import SCRIPTS, Script, endless, lines, room, same, slow, start, stop, weights
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize('name, gpus, kills', [*((name, 1, 20) for name in SCRIPTS), ('sct', 2, 5)])
 def test_a_run_killed_many_times_ends_as_if_it_had_not_been(name, gpus, kills, tmp_path):
     """SIGKILL at random moments, resumed each time: the same weights bit for bit, and every step noted once."""
@@ -61,16 +61,7 @@ def test_a_dead_process_ends_the_others(victim, few_pictures, tmp_path):
     assert time.monotonic() < end
 
 
-def test_resuming_before_the_first_checkpoint_starts_over(script, capsys):
-    assert script.train('--steps', 2) == 0
-    for path in script.out.glob('*.pt'):
-        path.unlink()
-    assert script.run('--resume', '--out', script.out) == 0
-    assert 'no checkpoint yet' in capsys.readouterr().out and (script.out / 'final.pt').exists()
-    assert [line['step'] for line in lines(script.out) if 'loss' in line] == [1, 2]
-
-
-def test_a_damaged_checkpoint_falls_back_or_is_refused(script, capsys):
+def test_a_damaged_checkpoint_falls_back_or_is_refused_and_without_one_a_run_starts_over(script, capsys):
     """Cut short, or with a changed bit, which the archive's checksums tell where it does harm."""
     assert script.train('--save-every', 2, '--mults', 1) == 0                   # few tensors: they are read many times
     path, chance = script.out / 'checkpoint.pt', random.Random(0)
@@ -92,6 +83,9 @@ def test_a_damaged_checkpoint_falls_back_or_is_refused(script, capsys):
         path.write_bytes(content)
         with pytest.raises(common.UserError, match='checkpoint.pt cannot be read'):
             common.load_checkpoint(script.out)
+    path.unlink()
+    assert script.run('--resume', '--out', script.out) == 0 and 'no checkpoint yet' in capsys.readouterr().out
+    assert [line['step'] for line in lines(script.out)] == [1, 2, 3, 4, 4] and (script.out / 'final.pt').exists()
 
 
 def test_a_full_disk_ends_the_run_with_a_line_and_it_can_be_resumed(script, after_step, capsys):
@@ -116,7 +110,7 @@ HOSTILE = ['-1', '0', '1', '2', '7', '0.5', '1e-3', 'nan', 'inf', '-inf', '1e308
            'file', 'folder', 'broken.pt', 'http://127.0.0.1:9/x', '\u00fc\u4e2d', '--', '%s']
 
 
-@pytest.mark.parametrize('count', [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', [40, pytest.param(500, marks=slow)])
 def test_random_command_lines(script, count, tmp_path, capsys):
     """Real flags with hostile values: exit code 0 or 2, one line, no traceback, no hang, nothing outside --out."""
     Path('file').write_text('text')

@@ -2,27 +2,22 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import sct
 from common import UserError
-from conftest import ROOT, named_weights
+from conftest import Casts, named_weights, slow
 from unet import EDM2UNet, GroupNorm, GroupNormFunction, SongUNet, load_weights, normalize
 
 SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 1], num_blocks=1)
 TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
             num_blocks=1, attn_resolutions=[4])
 compiler = pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='needs a C++ compiler')
-both = pytest.mark.parametrize('network', [SongUNet, EDM2UNet])
 
 
 def inputs(n=2):
@@ -32,7 +27,7 @@ def inputs(n=2):
 
 @pytest.mark.parametrize('name, network', [('songunet_ddpmpp', SongUNet), ('songunet_ncsnpp_cond', SongUNet),
                                            ('edm2_unet_cond', EDM2UNet)])
-@pytest.mark.parametrize('way', ['plain', 'channels', pytest.param('compiled', marks=[pytest.mark.slow, compiler])])
+@pytest.mark.parametrize('way', ['plain', 'channels', pytest.param('compiled', marks=[slow, compiler])])
 def test_published_numbers(name, network, way):
     golden = np.load(Path(__file__).parent / f'data/{name}.npz')
     net = network(**json.loads(str(golden['config'])))
@@ -49,22 +44,7 @@ def test_published_numbers(name, network, way):
     np.testing.assert_allclose(x.grad.numpy(), golden['grad_x'], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@compiler
-def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
-    """At r = t both see the same image: with equal masks the loss is 0, with a mask of the teacher's own it is not."""
-    net = named_weights(SongUNet(**SMALL | dict(channel_mult=[1], attn_resolutions=[], dropout=0.5)))
-    common.compile_in_place(SimpleNamespace(compile=True), net)
-    t, x = torch.tensor([0.5, 4.0]), torch.randn(2, 3, 8, 8)
-    loss = lambda: sct.loss(common.network(net, 'fp32'), x_t=x, t=t, x_r=x, r=t, weighting='edm', seed=1)
-    value = loss()
-    value.sum().backward()
-    assert value.max() < 1e-4
-    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
-    assert loss().min() > 0.1
-
-
-@both
+@pytest.mark.parametrize('network', [SongUNet, EDM2UNet])
 def test_the_seed_names_the_dropout_mask(network):
     net, outs = named_weights(network(**TINY | dict(dropout=0.5))), []
     for seed in [1, 1, 2]:
@@ -75,15 +55,6 @@ def test_the_seed_names_the_dropout_mask(network):
     assert (outs[0] - outs[2]).abs().max() > 1e-3
 
 
-@both
-def test_no_class_is_no_label_and_settings_are_kept(network):
-    net, (x, t, y) = named_weights(network(**TINY)).eval(), inputs()
-    if network is EDM2UNet:
-        torch.testing.assert_close(net(x, t), net(x, t, torch.zeros(2, 4)))
-    assert (net(x, t) - net(x, t, y)).abs().max() > 1e-4
-    assert (net.img_resolution, net.in_channels, net.label_dim) == (8, 3, 4)
-
-
 def test_initial_output_is_tiny_and_weights_are_xavier():
     torch.manual_seed(0)
     net = SongUNet(16, 3, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1).eval()
@@ -91,10 +62,6 @@ def test_initial_output_is_tiny_and_weights_are_xavier():
     for layer, bound in [(net.enc['16x16_block0'].conv0, (6 / (2 * 32 * 9)) ** 0.5),
                          (net.dec['8x8_in0'].qkv, (0.2 * 6 / (64 + 192)) ** 0.5)]:
         assert abs(layer.weight.abs().max().item() / bound - 1) < 0.01
-
-
-def test_the_norm_of_numbers_that_are_large_in_float16_is_finite():
-    assert normalize(torch.full((1, 4), 40000.0, dtype=torch.float16), dim=1).tolist() == [[1.0] * 4]
 
 
 def test_weights_are_normalised_in_place_only_for_the_student():
@@ -135,6 +102,7 @@ def test_edm2_in_low_precision(dtype, tolerance):
     assert (out.float() - wanted).abs().max() < tolerance * wanted.abs().max()
     out.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert normalize(torch.full((1, 4), 40000.0, dtype=dtype), dim=1).tolist() == [[1.0] * 4]       # squares: infinite
 
 
 def test_load_weights_names_what_does_not_fit():
@@ -156,26 +124,6 @@ def test_load_weights_names_what_does_not_fit():
     assert all(torch.equal(given[name], p) for name, p in net.state_dict().items())
 
 
-def test_networks_need_nothing_but_torch(tmp_path):
-    shutil.copy(ROOT / 'unet.py', tmp_path)
-    code = ('import sys, unet; unet.EDM2UNet(8, 1, 1, model_channels=64, channel_mult=[1]); unet.SongUNet(8, 1, 1);'
-            'assert not {"common", "PIL"} & sys.modules.keys()')
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=120)
-
-
-class WholeCasts(TorchDispatchMode):
-    """Counts the copies of `size` numbers in another type."""
-    count = 0
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._to_copy.default and args[0].numel() == self.size
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, tolerance, compiled):
@@ -184,7 +132,7 @@ def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, to
     norm, x = GroupNorm(16), x.to(dtype, memory_format=torch.channels_last)        # eps matters for the last four
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     on_gpus = lambda x: GroupNormFunction.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-    found, casts = [], WholeCasts(x.numel())
+    found = []
     for call in norm, torch.compile(on_gpus, fullgraph=True, backend='aot_eager') if compiled else on_gpus:
         y = call(x.requires_grad_(True))
         along = torch.sin(torch.arange(768).view(y.shape))
@@ -193,6 +141,7 @@ def test_the_group_norm_for_gpus_is_group_norm_and_keeps_channels_last(dtype, to
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in found[1][:2])
-    with casts:
+    with Casts() as casts:
         on_gpus(x).sum().backward()
-    assert casts.count == (dtype != torch.float32)      # for the variance; results are rounded as they are written
+    whole = [size for _, size in casts.found if size == x.numel()]
+    assert len(whole) == (dtype != torch.float32)       # for the variance; results are rounded as they are written
