@@ -34,6 +34,10 @@ DATA = Path(os.environ.get('REAL_DATA', ROOT / 'data'))
 slow = pytest.mark.skipif(not os.environ.get('RUN_SLOW'), reason='takes minutes: set RUN_SLOW=1')
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'assets: needs real data or weights in data/ (or $REAL_DATA); skipped without')
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without fsync, and without the stack trace that torch.manual_seed formats at every call where no GPU is."""

@@ -206,6 +206,7 @@ def test_data_that_cannot_be_used_are_named(tmp_path, words, fault, root, settin
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.assets
 @pytest.mark.parametrize('name, read, size, first', [('cifar-10-batches-bin', common.cifar10, 50_000, [6, 9, 9, 4, 1]),
                                                      ('fashion-mnist', common.fmnist, 60_000, [9, 0, 0, 3, 0])])
 def test_real_data_sets(name, read, size, first, real):

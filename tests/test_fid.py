@@ -50,6 +50,7 @@ def test_loading_folds_batch_norm_which_changes_nothing_and_names_are_pytorch_fi
     torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.assets
 def test_features_are_the_published_ones(real):
     net, name = fid.load_inception(real('inception-2015-12-05.pth'))
     assert name == 'FID'
@@ -58,6 +59,7 @@ def test_features_are_the_published_ones(real):
         np.testing.assert_allclose(net(images).numpy(), GOLDEN[f'features{size}'], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.assets
 @slow
 def test_fid_of_cifar10s_own_pictures(real, tmp_path):
     """2,000 test images against 5,000 training images: the figure that torch-fidelity's network gives is 18.36."""

@@ -168,6 +168,7 @@ def test_the_posterior_mean_is_not_rounded_to_tf32(monkeypatch):
     torch.testing.assert_close(sct.posterior_mean(x.cuda(), t.cuda(), refs.cuda()).cpu(), exact, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.assets
 def test_inception_features_are_those_of_the_cpu(real):
     path = str(real('inception-2015-12-05.pth'))
     images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import sct
 from common import UserError
 from conftest import Casts, named_weights, slow
 from unet import EDM2UNet, GroupNorm, GroupNormFunction, SongUNet, load_weights, normalize
@@ -53,6 +54,21 @@ def test_the_seed_names_the_dropout_mask(network):
             outs.append(net(*inputs()).detach())
     torch.testing.assert_close(outs[0], outs[1])
     assert (outs[0] - outs[2]).abs().max() > 1e-3
+
+
+@slow
+@compiler
+def test_student_and_teacher_drop_the_same_when_compiled(monkeypatch):
+    """At r = t both see the same image: with equal masks the loss is 0, with a mask of the teacher's own it is not."""
+    net = named_weights(SongUNet(**SMALL | dict(channel_mult=[1], attn_resolutions=[], dropout=0.5)))
+    common.compile_in_place(SimpleNamespace(compile=True), net)
+    t, x = torch.tensor([0.5, 4.0]), torch.randn(2, 3, 8, 8)
+    loss = lambda: sct.loss(common.network(net, 'fp32'), x_t=x, t=t, x_r=x, r=t, weighting='edm', seed=1)
+    value = loss()
+    value.sum().backward()
+    assert value.max() < 1e-4
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
+    assert loss().min() > 0.1
 
 
 def test_initial_output_is_tiny_and_weights_are_xavier():
